@@ -1,0 +1,199 @@
+//! [`HfConfig`]: a config.json whose fields are read with errors that name them.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::{
+    Error,
+    decoder::{DecoderSpec, Rope, RopeScaling},
+};
+
+/// A Hugging Face config.json.
+#[derive(Debug, Clone)]
+pub struct HfConfig {
+    path: PathBuf,
+    value: Value,
+}
+
+impl HfConfig {
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it cannot be read or is no JSON object.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read(path).map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
+        let value: Value =
+            serde_json::from_slice(&text).map_err(|e| Error::model(path, format!("not valid JSON: {e}")))?;
+        Self::from_value(path, value)
+    }
+
+    /// The config `value`, said to come from `path`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is no JSON object.
+    pub fn from_value(path: &Path, value: Value) -> Result<Self, Error> {
+        if !value.is_object() {
+            return Err(Error::model(path, "must be a JSON object"));
+        }
+        Ok(Self { path: path.to_owned(), value })
+    }
+
+    /// An [`Error::Model`] about this file.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        Error::model(&self.path, message)
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The value of `field`; `None` if it is missing or null.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        self.value.get(field).filter(|value| !value.is_null())
+    }
+
+    /// The value of `field` as `read` understands it.
+    fn optional<T>(&self, field: &str, what: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Error> {
+        self.get(field)
+            .map(|value| read(value).ok_or_else(|| self.error(format!("'{field}' must be {what}, not {value}"))))
+            .transpose()
+    }
+
+    /// A positive integer.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is something else.
+    pub fn count(&self, field: &str) -> Result<Option<usize>, Error> {
+        self.optional(field, "a positive integer", |v| {
+            v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1 << 32).contains(n))
+        })
+    }
+
+    /// A positive integer that must be there.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is missing or something else.
+    pub fn required_count(&self, field: &str) -> Result<usize, Error> {
+        self.count(field)?.ok_or_else(|| self.error(format!("'{field}' is missing")))
+    }
+
+    /// A truth value, false if missing.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is something else.
+    pub fn flag(&self, field: &str) -> Result<bool, Error> {
+        Ok(self.optional(field, "true or false", Value::as_bool)?.unwrap_or(false))
+    }
+
+    /// A number.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is something else.
+    pub fn number(&self, field: &str) -> Result<Option<f32>, Error> {
+        self.optional(field, "a number", |v| v.as_f64().map(|x| x as f32))
+    }
+
+    /// A text.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is something else.
+    pub fn text(&self, field: &str) -> Result<Option<&str>, Error> {
+        match self.get(field) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(value) => Err(self.error(format!("'{field}' must be a string, not {value}"))),
+        }
+    }
+
+    /// The first of `architectures`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is missing.
+    pub fn architecture(&self) -> Result<&str, Error> {
+        let first = self.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+        first.ok_or_else(|| self.error("'architectures' must name the model's class, such as [\"LlamaForCausalLM\"]"))
+    }
+
+    /// What the families of the Llama line have in common: RMSNorm, gated SiLU MLP, rotary embedding. Biases and
+    /// the sliding window are left off.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a field that is missing or not supported.
+    pub fn llama_like_spec(&self, architecture: &str) -> Result<DecoderSpec, Error> {
+        let activation = self.text("hidden_act")?.unwrap_or("silu");
+        if activation != "silu" {
+            return Err(
+                self.error(format!("'hidden_act' is '{activation}', which is not supported; supported is 'silu'"))
+            );
+        }
+        if let Some(quantization) = self.get("quantization_config") {
+            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+            return Err(self.error(format!(
+                "'quantization_config' says the weights are quantised ({method}), which is not supported for \
+                 safetensors; use unquantised weights or a GGUF file"
+            )));
+        }
+        let hidden_size = self.required_count("hidden_size")?;
+        let n_heads = self.required_count("num_attention_heads")?;
+        let spec = DecoderSpec {
+            architecture: architecture.to_owned(),
+            hidden_size,
+            intermediate_size: self.required_count("intermediate_size")?,
+            n_layers: self.required_count("num_hidden_layers")?,
+            n_heads,
+            n_kv_heads: self.count("num_key_value_heads")?.unwrap_or(n_heads),
+            head_dim: self.count("head_dim")?.unwrap_or(hidden_size / n_heads),
+            vocab_size: self.required_count("vocab_size")?,
+            max_position: self.count("max_position_embeddings")?.unwrap_or(2048),
+            norm_eps: self.number("rms_norm_eps")?.unwrap_or(1e-6),
+            rope: self.rope()?,
+            tie_embeddings: self.flag("tie_word_embeddings")?,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: None,
+        };
+        super::model::check_dimensions(&spec).map_err(|message| self.error(message))?;
+        Ok(spec)
+    }
+
+    /// `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5 that hold both.
+    fn rope(&self) -> Result<Rope, Error> {
+        let parameters = self.get("rope_parameters");
+        let field = if parameters.is_some() { "rope_parameters" } else { "rope_scaling" };
+        let scaling = parameters.or_else(|| self.get("rope_scaling"));
+        let theta = match parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64) {
+            Some(theta) => theta as f32,
+            None => self.number("rope_theta")?.unwrap_or(10_000.0),
+        };
+        if !(theta.is_finite() && theta > 0.0) {
+            return Err(self.error(format!("'rope_theta' must be positive, not {theta}")));
+        }
+        let Some(scaling) = scaling else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
+        let number = |name: &str| {
+            let value = scaling.get(name).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
+            value.map(|x| x as f32).ok_or_else(|| self.error(format!("'{field}.{name}' must be a positive number")))
+        };
+        // `type` is the older spelling of `rope_type`.
+        let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
+        let scaling = match kind.map(|kind| kind.as_str().unwrap_or("not a string")) {
+            None | Some("default") => RopeScaling::None,
+            Some("linear") => RopeScaling::Linear(number("factor")?),
+            Some("llama3") => RopeScaling::Llama3 {
+                factor: number("factor")?,
+                low_freq_factor: number("low_freq_factor")?,
+                high_freq_factor: number("high_freq_factor")?,
+                original_max_position: number("original_max_position_embeddings")? as usize,
+            },
+            Some(other) => {
+                return Err(self.error(format!(
+                    "'{field}' is of type '{other}', which is not supported; supported are default, linear, llama3"
+                )));
+            }
+        };
+        Ok(Rope { theta, scaling })
+    }
+}

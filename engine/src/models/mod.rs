@@ -1,0 +1,97 @@
+//! Model architectures: one trait, one file per architecture, one row in [`ARCHITECTURES`].
+
+mod gguf_metadata;
+mod hf_config;
+mod llama;
+mod model;
+mod qwen2;
+
+pub use hf_config::HfConfig;
+pub use model::{GenerationDefaults, Model};
+
+use crate::{
+    Error,
+    decoder::{DecoderSpec, LayerWeight, Weight},
+    weights::gguf::Gguf,
+};
+
+/// How one family of models describes itself in its files.
+pub trait Architecture: Send + Sync {
+    /// Values of config.json's `architectures` that this row reads.
+    fn hf_names(&self) -> &'static [&'static str];
+
+    /// Values of GGUF's `general.architecture` that this row reads.
+    fn gguf_names(&self) -> &'static [&'static str];
+
+    /// Whether GGUF files store q and k with the halves of rotated pairs side by side.
+    fn gguf_interleaved_rope(&self) -> bool;
+
+    /// The model of a config.json.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a field that is missing or has a value that is not supported.
+    fn spec_from_config(&self, config: &HfConfig) -> Result<DecoderSpec, Error>;
+
+    /// The model of a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a key that is missing or has a value that is not supported.
+    fn spec_from_gguf(&self, gguf: &Gguf) -> Result<DecoderSpec, Error>;
+
+    /// Name of `weight` in safetensors files.
+    fn hf_weight_name(&self, weight: Weight) -> String {
+        hf_weight_name(weight)
+    }
+}
+
+/// Every architecture that Ember runs.
+pub const ARCHITECTURES: &[&dyn Architecture] = &[&llama::Llama, &qwen2::Qwen2];
+
+/// The names that most decoder-only models of Hugging Face transformers use.
+fn hf_weight_name(weight: Weight) -> String {
+    use LayerWeight::*;
+    let (layer, weight) = match weight {
+        Weight::Embedding => return "model.embed_tokens.weight".into(),
+        Weight::FinalNorm => return "model.norm.weight".into(),
+        Weight::LmHead => return "lm_head.weight".into(),
+        Weight::Layer(layer, weight) => (layer, weight),
+    };
+    let name = match weight {
+        InputNorm => "input_layernorm.weight",
+        QProj => "self_attn.q_proj.weight",
+        KProj => "self_attn.k_proj.weight",
+        VProj => "self_attn.v_proj.weight",
+        QBias => "self_attn.q_proj.bias",
+        KBias => "self_attn.k_proj.bias",
+        VBias => "self_attn.v_proj.bias",
+        QNorm => "self_attn.q_norm.weight",
+        KNorm => "self_attn.k_norm.weight",
+        OProj => "self_attn.o_proj.weight",
+        OBias => "self_attn.o_proj.bias",
+        PostAttentionNorm => "post_attention_layernorm.weight",
+        GateProj => "mlp.gate_proj.weight",
+        UpProj => "mlp.up_proj.weight",
+        DownProj => "mlp.down_proj.weight",
+        GateBias => "mlp.gate_proj.bias",
+        UpBias => "mlp.up_proj.bias",
+        DownBias => "mlp.down_proj.bias",
+    };
+    format!("model.layers.{layer}.{name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_across_the_table() {
+        let hf: Vec<_> = ARCHITECTURES.iter().flat_map(|a| a.hf_names()).collect();
+        let gguf: Vec<_> = ARCHITECTURES.iter().flat_map(|a| a.gguf_names()).collect();
+        for names in [hf, gguf] {
+            assert!(!names.is_empty());
+            for name in &names {
+                assert_eq!(names.iter().filter(|n| n == &name).count(), 1, "{name}");
+            }
+        }
+    }
+}

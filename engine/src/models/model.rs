@@ -1,0 +1,257 @@
+//! [`Model`]: everything that is read from a model folder or GGUF file.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde_json::Value;
+
+use super::{ARCHITECTURES, Architecture, HfConfig};
+use crate::{
+    Error, LoadFormat,
+    decoder::DecoderSpec,
+    text::{ChatTemplate, Tokenizer},
+    weights::{
+        DType, TYPICAL_WEIGHT, WeightSource,
+        dummy::DummySource,
+        gguf::{Gguf, GgufSource},
+        safetensors::SafetensorsSource,
+    },
+};
+
+/// A model on disk, opened and checked; weights are mapped, not read.
+pub struct Model {
+    /// The folder or file that was opened.
+    pub path: PathBuf,
+    /// Its dimensions and options.
+    pub spec: DecoderSpec,
+    /// Its weights.
+    pub weights: Box<dyn WeightSource>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template, if it has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// What it says of how to generate.
+    pub generation: GenerationDefaults,
+    /// Stored element type of most weights, such as `BF16` or `Q4_1`; `dummy` for random weights.
+    pub file_dtype: String,
+}
+
+/// A model's own generation settings; requests override them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Tokens that end a sequence, the tokenizer's own first.
+    pub eos_token_ids: Vec<u32>,
+    /// Token that begins every sequence.
+    pub bos_token_id: Option<u32>,
+    /// Sampling temperature.
+    pub temperature: Option<f32>,
+    /// Nucleus sampling.
+    pub top_p: Option<f32>,
+    /// Best tokens kept.
+    pub top_k: Option<u32>,
+    /// Least probability relative to the best token's.
+    pub min_p: Option<f32>,
+    /// Penalty of repeated tokens.
+    pub repetition_penalty: Option<f32>,
+    /// Output tokens at most.
+    pub max_new_tokens: Option<u32>,
+}
+
+impl Model {
+    /// Opens the model at `path`: a folder with config.json, a GGUF file, or a folder with one GGUF file.
+    /// With [`LoadFormat::Dummy`] weights are random, from `seed`, and neither weights nor tokenizer need
+    /// be there.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the file that is missing, broken or not supported, and what to do.
+    pub fn open(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+        match locate(path)? {
+            Location::Folder => Self::open_folder(path, load_format, seed),
+            Location::Gguf(file) => Self::open_gguf(path, &file, load_format, seed),
+        }
+    }
+
+    fn open_folder(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+        let config = HfConfig::open(&path.join("config.json"))?;
+        let name = config.architecture()?;
+        let architecture = ARCHITECTURES
+            .iter()
+            .copied()
+            .find(|a| a.hf_names().contains(&name))
+            .ok_or_else(|| config.error(unsupported_architecture(name, |a| a.hf_names())))?;
+        let spec = architecture.spec_from_config(&config)?;
+        let (weights, file_dtype): (Box<dyn WeightSource>, _) = match load_format {
+            LoadFormat::Dummy => dummy(&spec, seed)?,
+            LoadFormat::Auto => {
+                let name_of = Box::new(|weight| architecture.hf_weight_name(weight));
+                stored(SafetensorsSource::open(path, spec.clone(), name_of)?)?
+            }
+        };
+        let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
+            Tokenizer::byte_level(spec.vocab_size)?
+        } else {
+            Tokenizer::from_folder(path)?
+        };
+        let chat_template = ChatTemplate::from_folder(path, &tokenizer)?;
+        let generation = generation_from_folder(path, &config, &tokenizer)?;
+        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
+    }
+
+    fn open_gguf(path: &Path, file: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+        let gguf = Arc::new(Gguf::open(file)?);
+        let name = gguf.string("general.architecture")?;
+        let name = name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
+        let architecture = ARCHITECTURES
+            .iter()
+            .find(|a| a.gguf_names().contains(&name))
+            .ok_or_else(|| gguf.error(unsupported_architecture(name, |a| a.gguf_names())))?;
+        let spec = architecture.spec_from_gguf(&gguf)?;
+        let (weights, file_dtype) = match load_format {
+            LoadFormat::Dummy => dummy(&spec, seed)?,
+            LoadFormat::Auto => {
+                stored(GgufSource::new(gguf.clone(), spec.clone(), architecture.gguf_interleaved_rope())?)?
+            }
+        };
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
+        let generation = generation_from_tokenizer(&tokenizer);
+        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
+    }
+}
+
+/// Random weights of `spec`.
+fn dummy(spec: &DecoderSpec, seed: u64) -> Result<(Box<dyn WeightSource>, String), Error> {
+    Ok((Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?), "dummy".into()))
+}
+
+/// `source` and the name of its typical element type.
+fn stored(source: impl WeightSource + 'static) -> Result<(Box<dyn WeightSource>, String), Error> {
+    let dtype = source.get(TYPICAL_WEIGHT)?.dtype.name().to_owned();
+    Ok((Box::new(source), dtype))
+}
+
+/// What a model path turned out to be.
+enum Location {
+    /// A folder with config.json.
+    Folder,
+    /// This GGUF file.
+    Gguf(PathBuf),
+}
+
+fn locate(path: &Path) -> Result<Location, Error> {
+    let has_gguf_suffix = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if path.is_file() {
+        // Caches of other tools store GGUF files without the suffix; the reader checks the first bytes.
+        return Ok(Location::Gguf(path.to_owned()));
+    }
+    if !path.is_dir() {
+        return Err(Error::model(
+            path,
+            "no such file or folder; give a model folder with config.json, or a .gguf file",
+        ));
+    }
+    if path.join("config.json").is_file() {
+        return Ok(Location::Folder);
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| Error::model(path, format!("cannot read the folder: {e}")))?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.retain(|file| has_gguf_suffix(file) && file.is_file());
+    files.sort();
+    match files.as_slice() {
+        [file] => Ok(Location::Gguf(file.clone())),
+        [] => Err(Error::model(path, "neither config.json nor a .gguf file is in this folder")),
+        _ => {
+            let names: Vec<_> =
+                files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+            Err(Error::model(path, format!("several .gguf files; name one of them: {}", names.join(", "))))
+        }
+    }
+}
+
+fn unsupported_architecture(name: &str, names: impl Fn(&dyn Architecture) -> &'static [&'static str]) -> String {
+    let supported: Vec<_> = ARCHITECTURES.iter().flat_map(|a| names(*a)).copied().collect();
+    format!("architecture '{name}' is not supported; supported are {}", supported.join(", "))
+}
+
+/// Checks that the numbers of `spec` go together and that sizes cannot overflow.
+pub(super) fn check_dimensions(spec: &DecoderSpec) -> Result<(), String> {
+    const MAX: usize = 1 << 24;
+    let sizes = [
+        ("hidden size", spec.hidden_size),
+        ("MLP size", spec.intermediate_size),
+        ("number of heads", spec.n_heads),
+        ("number of key/value heads", spec.n_kv_heads),
+        ("head width", spec.head_dim),
+        ("vocabulary size", spec.vocab_size),
+    ];
+    for (what, n) in sizes {
+        if n == 0 || n > MAX {
+            return Err(format!("the {what} is {n}; it must be between 1 and {MAX}"));
+        }
+    }
+    if spec.n_layers == 0 || spec.n_layers > 4096 {
+        return Err(format!("the number of layers is {}; it must be between 1 and 4096", spec.n_layers));
+    }
+    if !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
+        return Err(format!("{} heads cannot share {} key/value heads evenly", spec.n_heads, spec.n_kv_heads));
+    }
+    if !spec.head_dim.is_multiple_of(2) || spec.n_heads * spec.head_dim > MAX {
+        return Err(format!("{} heads of width {} are not supported", spec.n_heads, spec.head_dim));
+    }
+    if spec.max_position == 0 || !spec.norm_eps.is_finite() || spec.norm_eps < 0.0 {
+        return Err(format!(
+            "the context length ({}) must be positive and the norm's epsilon ({}) not negative",
+            spec.max_position, spec.norm_eps
+        ));
+    }
+    Ok(())
+}
+
+fn generation_from_tokenizer(tokenizer: &Tokenizer) -> GenerationDefaults {
+    GenerationDefaults {
+        eos_token_ids: tokenizer.eos_token_ids().to_vec(),
+        bos_token_id: tokenizer.bos_token_id(),
+        ..GenerationDefaults::default()
+    }
+}
+
+/// generation_config.json over config.json over the tokenizer's special tokens. As in vLLM, the tokenizer's
+/// end-of-sequence token is the primary one, and sampling parameters count whatever `do_sample` says.
+fn generation_from_folder(path: &Path, config: &HfConfig, tokenizer: &Tokenizer) -> Result<GenerationDefaults, Error> {
+    let mut defaults = generation_from_tokenizer(tokenizer);
+    let file = path.join("generation_config.json");
+    let generation = if file.is_file() { Some(HfConfig::open(&file)?) } else { None };
+    for source in generation.iter().chain([config]) {
+        for id in token_ids(source, "eos_token_id")? {
+            if !defaults.eos_token_ids.contains(&id) {
+                defaults.eos_token_ids.push(id);
+            }
+        }
+        if defaults.bos_token_id.is_none() {
+            defaults.bos_token_id = token_ids(source, "bos_token_id")?.first().copied();
+        }
+    }
+    if let Some(generation) = &generation {
+        defaults.temperature = generation.number("temperature")?;
+        defaults.top_p = generation.number("top_p")?;
+        defaults.min_p = generation.number("min_p")?;
+        defaults.repetition_penalty = generation.number("repetition_penalty")?;
+        // 0 means all tokens and is the default.
+        defaults.top_k = generation.get("top_k").and_then(Value::as_u64).and_then(|k| u32::try_from(k).ok());
+        defaults.max_new_tokens = generation.count("max_new_tokens")?.and_then(|n| u32::try_from(n).ok());
+    }
+    Ok(defaults)
+}
+
+/// A token id or a list of them.
+fn token_ids(config: &HfConfig, field: &str) -> Result<Vec<u32>, Error> {
+    let id = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
+    let ids = match config.get(field) {
+        None => Some(Vec::new()),
+        Some(Value::Array(values)) => values.iter().map(id).collect(),
+        Some(value) => id(value).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| config.error(format!("'{field}' must be a token id or a list of them")))
+}

@@ -1,0 +1,25 @@
+//! Where weights come from: one trait, one file per format.
+
+pub mod dummy;
+pub mod gguf;
+pub mod safetensors;
+mod tensor;
+
+pub use tensor::{DType, TensorView};
+
+use crate::{
+    Error,
+    decoder::{LayerWeight, Weight},
+};
+
+/// A model's weights by format-independent name, with q and k in rotate-half order.
+pub trait WeightSource: Send + Sync {
+    /// The tensor `weight`, checked against the model's [`crate::decoder::DecoderSpec::shape`].
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the file and the tensor if it is missing or of another shape.
+    fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error>;
+}
+
+/// The weight whose stored element type stands for the whole model's in logs.
+pub const TYPICAL_WEIGHT: Weight = Weight::Layer(0, LayerWeight::UpProj);
