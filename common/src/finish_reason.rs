@@ -1,0 +1,17 @@
+//! Why a sequence ended.
+
+use serde::{Deserialize, Serialize};
+
+/// Why a sequence ended, in OpenAI's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end-of-sequence token, stop token or stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+    /// The model called tools.
+    ToolCalls,
+    /// Cancelled.
+    Abort,
+}

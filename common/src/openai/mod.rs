@@ -1,0 +1,34 @@
+//! Wire types of OpenAI's HTTP API with vLLM's extensions. They know JSON, not the engine.
+//!
+//! Requests: a generation body is read twice, once for the [`SamplingFields`] that chat and
+//! completions share and once for the endpoint's own fields; unknown fields are ignored.
+//! Responses: keys that vLLM always sends are always written, `null` when unused.
+
+mod chat;
+mod completion;
+mod error;
+mod logprobs;
+mod models;
+mod ordered_map;
+mod sampling;
+mod tokenize;
+mod usage;
+
+pub use chat::{
+    ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice,
+    ChunkDelta, ResponseFormat,
+};
+pub use completion::{
+    Completion, CompletionChoice, CompletionChunk, CompletionChunkChoice, CompletionFields,
+    PromptInput,
+};
+pub use error::{ErrorBody, ErrorResponse};
+pub use logprobs::{
+    ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, PromptLogprob, PromptLogprobs,
+    TopLogprob,
+};
+pub use models::{ModelCard, ModelList, ModelPermission};
+pub use ordered_map::OrderedMap;
+pub use sampling::{OneOrMany, SamplingFields, StopReason, StreamOptions};
+pub use tokenize::{DetokenizeFields, Detokenized, TokenizeFields, Tokenized};
+pub use usage::{PromptTokensDetails, StreamUsage, Usage};

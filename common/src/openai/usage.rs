@@ -1,0 +1,66 @@
+//! Token counts.
+
+use serde::{Deserialize, Serialize};
+
+/// Token counts of a whole answer.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Prompt and completion.
+    pub total_tokens: usize,
+    /// Tokens of all choices.
+    pub completion_tokens: usize,
+    /// Where the prompt's tokens came from.
+    pub prompt_tokens_details: Option<PromptTokensDetails>,
+    /// Always `None`: no reasoning parser.
+    pub completion_tokens_details: Option<serde_json::Value>,
+}
+
+impl Usage {
+    /// Counts without details.
+    pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            ..Self::default()
+        }
+    }
+}
+
+/// Where the prompt's tokens came from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PromptTokensDetails {
+    /// Tokens found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Not counted.
+    pub created_cache_tokens: Option<usize>,
+    /// Not counted.
+    pub multimodal_tokens: Option<usize>,
+}
+
+/// Token counts on a stream chunk, where unused keys are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamUsage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Prompt and completion.
+    pub total_tokens: usize,
+    /// Tokens so far.
+    pub completion_tokens: usize,
+    /// Where the prompt's tokens came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens_details: Option<PromptTokensDetails>,
+}
+
+impl From<Usage> for StreamUsage {
+    fn from(usage: Usage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            total_tokens: usage.total_tokens,
+            completion_tokens: usage.completion_tokens,
+            prompt_tokens_details: usage.prompt_tokens_details,
+        }
+    }
+}
