@@ -1,0 +1,46 @@
+// variant: rmsnorm BLOCK=256
+// variant: rmsnorm-small BLOCK=128 CHUNKS=2
+//
+// RMSNorm (Zhang and Sennrich 2019): h[i, :] = bf16(x[r, :] / sqrt(mean(x[r, :]^2) + eps) * w), r = rows[i] or i.
+//   x float32 [T, hidden], w bf16 [hidden], h bf16 [grid, hidden]; hidden a multiple of 8, at most BLOCK * CHUNKS * 8
+//   rows int32 [grid] or null: gathers the rows that lm_head needs
+// Grid: one block per output row; block BLOCK. The row stays in registers, so x is read once.
+#include "common.cuh"
+
+#ifndef BLOCK
+#define BLOCK 256
+#endif
+#ifndef CHUNKS
+#define CHUNKS 4  // 8-element chunks a thread may hold
+#endif
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+rmsnorm(const float* x, const bf16* w, bf16* h, int hidden, float eps, const int* rows) {
+    PDL_TRIGGER();
+    PDL_WAIT();
+    const long long row = rows ? rows[blockIdx.x] : blockIdx.x;
+    const float* from = x + row * hidden;
+    bf16* to = h + (long long)blockIdx.x * hidden;
+
+    float v[CHUNKS][8];
+    float squares = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int i = (c * BLOCK + threadIdx.x) * 8;
+        if (i >= hidden) break;
+        load_f32x8(from + i, v[c]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) squares += v[c][j] * v[c][j];
+    }
+    const float scale = rsqrtf(block_sum<BLOCK>(squares) / hidden + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int i = (c * BLOCK + threadIdx.x) * 8;
+        if (i >= hidden) break;
+        float weight[8];
+        unpack(load_bf16x8(w + i), weight);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) weight[j] *= v[c][j] * scale;
+        store_bf16x8(to + i, pack(weight));
+    }
+}
