@@ -1,0 +1,82 @@
+//! What the operator chooses before a model is loaded.
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first CUDA device if this build has CUDA and one is there, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device of this index, after `CUDA_VISIBLE_DEVICES`.
+    Cuda(usize),
+}
+
+/// The element type of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DTypeChoice {
+    /// The executor's best: float32 on CPU, bfloat16 on CUDA.
+    #[default]
+    Auto,
+    /// IEEE single precision.
+    Float32,
+    /// IEEE half precision.
+    Float16,
+    /// bfloat16.
+    BFloat16,
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The safetensors or GGUF files at the model path.
+    #[default]
+    Auto,
+    /// Seeded random weights of the model's dimensions; only config.json is read. For benchmarks.
+    Dummy,
+}
+
+/// Options of [`crate::Engine::load`]. The default serves any model on any machine.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Where the model runs.
+    pub device: DeviceChoice,
+    /// Element type of weights and activations.
+    pub dtype: DTypeChoice,
+    /// Where the weights come from.
+    pub load_format: LoadFormat,
+    /// Longest prompt + output in tokens; `None` takes the model's own limit, lowered to what the KV cache holds.
+    pub max_model_len: Option<usize>,
+    /// Most sequences in one step; `None` lets the executor choose.
+    pub max_num_seqs: Option<usize>,
+    /// Most tokens (prompt chunks + one per decoding sequence) in one step; `None` lets the executor choose.
+    pub max_num_batched_tokens: Option<usize>,
+    /// Share of the device's memory that the engine may use, weights included. CUDA only.
+    pub gpu_memory_utilization: f32,
+    /// Bytes for the KV cache; overrides `gpu_memory_utilization` and the CPU's default.
+    pub kv_cache_memory_bytes: Option<usize>,
+    /// Reuse the KV pages of equal prompt prefixes.
+    pub enable_prefix_caching: bool,
+    /// Seeds dummy weights and requests that carry no seed.
+    pub seed: u64,
+    /// Label `model_name` of the metrics.
+    pub model_name: String,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            device: DeviceChoice::Auto,
+            dtype: DTypeChoice::Auto,
+            load_format: LoadFormat::Auto,
+            max_model_len: None,
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
+            gpu_memory_utilization: 0.9,
+            kv_cache_memory_bytes: None,
+            enable_prefix_caching: true,
+            seed: 0,
+            model_name: "default".into(),
+        }
+    }
+}

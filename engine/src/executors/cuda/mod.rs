@@ -1,0 +1,1 @@
+//! The tuned executor for NVIDIA GPUs.

@@ -1,0 +1,49 @@
+//! What runs a step on a device: one trait, one folder per executor.
+
+pub mod burn;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
+use crate::{
+    Error,
+    step::{StepInput, StepOutput},
+};
+
+/// What an executor can hold, fixed at load.
+#[derive(Debug, Clone)]
+pub struct Capacity {
+    /// KV pages of [`crate::step::PAGE_SIZE`] tokens.
+    pub n_pages: usize,
+    /// Most sequences in a step; slots are below this.
+    pub max_num_seqs: usize,
+    /// Most query rows in a step.
+    pub max_num_batched_tokens: usize,
+    /// Longest context, in tokens.
+    pub max_model_len: usize,
+    /// Steps that may be launched before the first is collected.
+    pub max_in_flight: usize,
+}
+
+/// Runs forward steps and samples.
+///
+/// Steps are launched and collected in the same order. An executor with `max_in_flight` of 2 lets
+/// the host plan step N+1, whose input tokens are still being sampled, while the device runs step N.
+pub trait Executor: Send {
+    /// What it can hold.
+    fn capacity(&self) -> &Capacity;
+
+    /// One line for the operator: device, element type, memory plan.
+    fn describe(&self) -> String;
+
+    /// Starts `step`.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; the executor must not be used again after it.
+    fn launch(&mut self, step: StepInput) -> Result<(), Error>;
+
+    /// Waits for the oldest launched step.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; the executor must not be used again after it.
+    fn collect(&mut self) -> Result<StepOutput, Error>;
+}

@@ -1,0 +1,135 @@
+//! One sequence's tokens and state. Knows nothing of text, pages' contents or time.
+
+use std::sync::Arc;
+
+use ember_common::FinishReason;
+
+use crate::{
+    kv_pool::BlockTable,
+    request::{SamplingParams, TokenLogprobs},
+};
+
+/// Unique for the life of an engine.
+pub type SeqId = u64;
+
+/// What a sequence is made from.
+#[derive(Debug, Clone)]
+pub struct NewSequence {
+    /// The prompt; not empty, and shorter than `max_len`.
+    pub prompt: Arc<[u32]>,
+    /// The request's parameters.
+    pub params: Arc<SamplingParams>,
+    /// Key of its random numbers.
+    pub seed: u64,
+    /// Prompt + output never exceed this many tokens.
+    pub max_len: usize,
+    /// Tokens that end the sequence unless `ignore_eos`, primary first.
+    pub eos_token_ids: Arc<[u32]>,
+    /// Mixed into the prefix-cache lookup.
+    pub cache_salt: Option<String>,
+}
+
+/// How a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceEnd {
+    /// Why.
+    pub reason: FinishReason,
+    /// The stop token, unless it is the primary end-of-sequence token.
+    pub stop_token: Option<u32>,
+}
+
+/// A sequence from its arrival to its end.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(crate) id: SeqId,
+    pub(crate) new: NewSequence,
+    /// Prompt and known output.
+    pub(crate) tokens: Vec<u32>,
+    /// Tokens whose keys and values are computed or being computed.
+    pub(crate) n_scheduled: usize,
+    /// Output tokens being sampled by steps in flight.
+    pub(crate) n_in_flight: usize,
+    pub(crate) table: BlockTable,
+    /// Set while in the batch.
+    pub(crate) slot: Option<u32>,
+    /// Prompt tokens that came from the prefix cache when it first entered the batch.
+    pub(crate) n_cached: Option<usize>,
+    /// Times it was put back to recompute.
+    pub(crate) n_preemptions: u32,
+    /// Prompt log-probabilities so far, if asked for.
+    pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
+    banned_until_min_tokens: Option<Arc<[u32]>>,
+}
+
+impl Sequence {
+    pub(crate) fn new(id: SeqId, new: NewSequence) -> Self {
+        let mut stop_ids = new.params.stop_token_ids.clone();
+        if !new.params.ignore_eos {
+            stop_ids.extend_from_slice(&new.eos_token_ids);
+        }
+        let banned = (new.params.min_tokens > 0 && !stop_ids.is_empty()).then(|| stop_ids.into());
+        Self {
+            id,
+            tokens: new.prompt.to_vec(),
+            new,
+            n_scheduled: 0,
+            n_in_flight: 0,
+            table: BlockTable::default(),
+            slot: None,
+            n_cached: None,
+            n_preemptions: 0,
+            prompt_logprobs: Vec::new(),
+            banned_until_min_tokens: banned,
+        }
+    }
+
+    /// Tokens, those still being sampled included.
+    pub(crate) fn virtual_len(&self) -> usize {
+        self.tokens.len() + self.n_in_flight
+    }
+
+    /// Output tokens, those still being sampled included.
+    pub(crate) fn n_output(&self) -> usize {
+        self.virtual_len() - self.new.prompt.len()
+    }
+
+    /// Most tokens this sequence may come to.
+    pub(crate) fn len_limit(&self) -> usize {
+        let asked = self.new.params.max_tokens.map_or(usize::MAX, |n| self.new.prompt.len() + n as usize);
+        asked.min(self.new.max_len)
+    }
+
+    /// Tokens that wait for a step.
+    pub(crate) fn n_to_schedule(&self) -> usize {
+        if self.n_in_flight > 0 && self.virtual_len() >= self.len_limit() {
+            // The last token is already being sampled.
+            return 0;
+        }
+        self.virtual_len() - self.n_scheduled
+    }
+
+    /// Ids that must not be sampled for output token number `n_output`.
+    pub(crate) fn banned(&self) -> Option<Arc<[u32]>> {
+        (self.n_output() < self.new.params.min_tokens as usize).then(|| self.banned_until_min_tokens.clone()).flatten()
+    }
+
+    /// Appends a sampled token and says whether it was the last.
+    pub(crate) fn push(&mut self, token: u32) -> Option<SequenceEnd> {
+        self.tokens.push(token);
+        self.n_in_flight = self.n_in_flight.saturating_sub(1);
+        let params = &self.new.params;
+        let n_output = self.tokens.len() - self.new.prompt.len();
+        if n_output >= params.min_tokens as usize {
+            if !params.ignore_eos
+                && let Some(i) = self.new.eos_token_ids.iter().position(|&id| id == token)
+            {
+                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: (i > 0).then_some(token) });
+            }
+            if params.stop_token_ids.contains(&token) {
+                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token) });
+            }
+        }
+        (self.tokens.len() >= self.len_limit())
+            .then_some(SequenceEnd { reason: FinishReason::Length, stop_token: None })
+    }
+}

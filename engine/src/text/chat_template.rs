@@ -1,0 +1,278 @@
+//! [`ChatTemplate`]: renders a conversation as the prompt that the model was trained on.
+//!
+//! Templates are Jinja2 as Hugging Face transformers runs it (`apply_chat_template`): blocks are trimmed, loop
+//! controls are on, and `raise_exception`, `strftime_now` and a plain `tojson` are there.
+
+use std::path::Path;
+
+use minijinja::{Environment, ErrorKind, Value as JinjaValue, value::Kwargs};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    Tokenizer,
+    tokenizer::read_json,
+};
+use crate::{Error, weights::gguf::Gguf};
+
+/// Marks where the last message's text ends, to be cut off there (as transformers does).
+const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+/// Instructions a template may run: far above any real conversation, so that a broken template ends.
+const FUEL: u64 = 50_000_000;
+
+/// A model's chat template, or its several named ones.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// Source of the default template.
+    source: String,
+}
+
+/// What a template sees beside the messages.
+#[derive(Debug, Clone, Default)]
+pub struct ChatOptions<'a> {
+    /// End with the assistant's header.
+    pub add_generation_prompt: bool,
+    /// Leave the last message open so that it is continued.
+    pub continue_final_message: bool,
+    /// Tool definitions in OpenAI's shape.
+    pub tools: Option<&'a [Value]>,
+    /// Documents (`[{title, text}]`) for retrieval templates.
+    pub documents: Option<&'a [Value]>,
+    /// Extra variables (`chat_template_kwargs`).
+    pub kwargs: Option<&'a serde_json::Map<String, Value>>,
+}
+
+impl ChatTemplate {
+    /// The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json's
+    /// `chat_template`, else chat_template.json. `None` if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it cannot be read or is not valid Jinja.
+    pub fn from_folder(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<Self>, Error> {
+        let path = folder.join("chat_template.jinja");
+        if path.is_file() {
+            let source = std::fs::read_to_string(&path);
+            let source = source.map_err(|e| Error::model(&path, format!("cannot read the file: {e}")))?;
+            return Self::named(&path, vec![("default".into(), source)], tokenizer).map(Some);
+        }
+        for file in ["tokenizer_config.json", "chat_template.json"] {
+            let path = folder.join(file);
+            let Some(config) = read_json(&path)? else { continue };
+            let templates = match &config["chat_template"] {
+                Value::Null => continue,
+                Value::String(source) => vec![("default".to_owned(), source.clone())],
+                Value::Array(list) => {
+                    let entry = |e: &Value| Some((e["name"].as_str()?.to_owned(), e["template"].as_str()?.to_owned()));
+                    let templates = list.iter().map(entry).collect::<Option<_>>();
+                    templates.ok_or_else(|| Error::model(&path, "'chat_template' must list {name, template} objects"))?
+                }
+                _ => return Err(Error::model(&path, "'chat_template' must be a string or a list")),
+            };
+            return Self::named(&path, templates, tokenizer).map(Some);
+        }
+        Ok(None)
+    }
+
+    /// The template in a GGUF file, and its `tool_use` variant. `None` if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is not valid Jinja.
+    pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Result<Option<Self>, Error> {
+        let Some(source) = gguf.string("tokenizer.chat_template")? else { return Ok(None) };
+        let mut templates = vec![("default".to_owned(), source.to_owned())];
+        if let Some(source) = gguf.string("tokenizer.chat_template.tool_use")? {
+            templates.push(("tool_use".into(), source.to_owned()));
+        }
+        Self::named(gguf.path(), templates, tokenizer).map(Some)
+    }
+
+    /// The template `source`, from the file `path`, with `tokenizer`'s special tokens as variables.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is not valid Jinja.
+    pub fn from_source(path: &Path, source: &str, tokenizer: &Tokenizer) -> Result<Self, Error> {
+        Self::named(path, vec![("default".into(), source.to_owned())], tokenizer)
+    }
+
+    fn named(path: &Path, templates: Vec<(String, String)>, tokenizer: &Tokenizer) -> Result<Self, Error> {
+        let Some((_, source)) = templates.iter().find(|(name, _)| name == "default").cloned() else {
+            let names: Vec<_> = templates.iter().map(|(name, _)| name.as_str()).collect();
+            return Err(Error::model(path, format!("no chat template is named 'default', only: {}", names.join(", "))));
+        };
+        let mut environment = environment();
+        for (name, text) in tokenizer.special_token_texts() {
+            environment.add_global(name.clone(), text.clone());
+        }
+        for (name, source) in templates {
+            let fail = |e| Error::model(path, format!("chat template '{name}' is not valid: {}", describe(&e)));
+            environment.add_template_owned(name.clone(), without_generation_blocks(&source)).map_err(fail)?;
+        }
+        Ok(Self { environment, source })
+    }
+
+    /// The default template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The prompt for `messages` in OpenAI's shape.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] if options contradict each other or the template refuses the messages.
+    pub fn render(&self, messages: &[Value], options: &ChatOptions<'_>) -> Result<String, Error> {
+        let fail = |e: minijinja::Error| Error::invalid("messages", format!("chat template: {}", describe(&e)));
+        let has_tool_template = options.tools.is_some() && self.environment.get_template("tool_use").is_ok();
+        let name = if has_tool_template { "tool_use" } else { "default" };
+        let template = self.environment.get_template(name).map_err(fail)?;
+        if !options.continue_final_message {
+            return template.render(variables(messages, options)).map_err(fail);
+        }
+        if options.add_generation_prompt {
+            return Err(Error::invalid(
+                "continue_final_message",
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+            ));
+        }
+        let mut messages = messages.to_vec();
+        let last = messages.last_mut().and_then(|message| last_text(message.get_mut("content")?)).ok_or_else(|| {
+            Error::invalid("continue_final_message", "continue_final_message needs a last message that ends with text.")
+        })?;
+        last.push_str(CONTINUE_TAG);
+        cut_at_tag(template.render(variables(&messages, options)).map_err(fail)?)
+    }
+}
+
+fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
+    let fixed = [
+        ("messages", JinjaValue::from_serialize(messages)),
+        ("tools", JinjaValue::from_serialize(options.tools)),
+        ("documents", JinjaValue::from_serialize(options.documents)),
+        ("add_generation_prompt", JinjaValue::from(options.add_generation_prompt)),
+    ];
+    let extra = options.kwargs.into_iter().flatten();
+    let extra = extra.map(|(name, value)| (name.as_str(), JinjaValue::from_serialize(value)));
+    fixed.into_iter().chain(extra).collect()
+}
+
+/// The text that ends a message: its content, or the last text part of it.
+fn last_text(content: &mut Value) -> Option<&mut String> {
+    match content {
+        Value::String(text) => Some(text),
+        Value::Array(parts) => parts.iter_mut().rev().find_map(|part| match part.get_mut("text") {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        }),
+        _ => None,
+    }
+}
+
+/// Cuts `prompt` where the last message's own text ends.
+fn cut_at_tag(mut prompt: String) -> Result<String, Error> {
+    let Some(at) = prompt.rfind(CONTINUE_TAG.trim_end()) else {
+        return Err(Error::invalid(
+            "continue_final_message",
+            "continue_final_message is set but the final message does not appear in the chat after applying the chat \
+             template.",
+        ));
+    };
+    // A template that trims messages has also trimmed what was before the tag's own space.
+    let trimmed = !prompt[at..].starts_with(CONTINUE_TAG);
+    prompt.truncate(at);
+    if trimmed {
+        prompt.truncate(prompt.trim_end().len());
+    }
+    Ok(prompt)
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_fuel(Some(FUEL));
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| -> Result<String, minijinja::Error> {
+        jiff::fmt::strtime::format(&format, &jiff::Zoned::now())
+            .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
+    });
+    environment
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=...)` with Python's separators and no HTML escapes.
+fn tojson(value: JinjaValue, indent: Option<usize>, options: Kwargs) -> Result<String, minijinja::Error> {
+    let indent = match indent {
+        Some(indent) => Some(indent),
+        None => options.get::<Option<usize>>("indent")?,
+    };
+    // Names that transformers accepts; non-ASCII is never escaped and keys keep their order.
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    options.assert_all_used()?;
+    let fail = |e: serde_json::Error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {e}"));
+    let mut value = serde_json::to_value(&value).map_err(fail)?;
+    if sort_keys {
+        value.sort_all_objects();
+    }
+    let mut out = Vec::new();
+    match indent {
+        Some(indent) => {
+            let spaces = " ".repeat(indent.min(16));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(fail)?;
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(fail)?,
+    }
+    Ok(String::from_utf8_lossy(&out).into_owned())
+}
+
+/// One line with a space after each comma and colon, as Python writes JSON.
+struct Spaced;
+
+impl serde_json::ser::Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+/// The template with `{% generation %}` blocks, which only mark spans for training, as plain ones. The dashes of
+/// the tags keep their meaning.
+fn without_generation_blocks(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(open) = rest.find("{%") {
+        let (before, tag) = rest.split_at(open + 2);
+        out.push_str(before);
+        let close = tag.find("%}").unwrap_or(tag.len());
+        let (body, after) = tag.split_at(close);
+        let replacement = match body.trim_matches(['-', '+', ' ', '\t', '\n']) {
+            "generation" => body.replace("generation", "if true"),
+            "endgeneration" => body.replace("endgeneration", "endif"),
+            _ => body.to_owned(),
+        };
+        out.push_str(&replacement);
+        rest = after;
+    }
+    out + rest
+}
+
+/// The message of `error` without the template's internals, and the line where it happened.
+fn describe(error: &minijinja::Error) -> String {
+    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    match error.line() {
+        Some(line) => format!("{message} (line {line} of the template)"),
+        None => message,
+    }
+}
