@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use xshell::Shell;
 
-use crate::{cache_dir, project_root, pypi, table};
+use crate::{cache_dir, project_root, pypi, table, target_dir};
 
 const KERNEL_DIR: &str = "engine/src/executors/cuda/kernels";
 const ARCHITECTURES: &[&str] = &["80", "89", "90a"];
@@ -63,12 +63,25 @@ struct Usage {
 
 pub fn run(args: &KernelsArgs) -> Result<()> {
     let sources = sources(args.file.as_deref())?;
+    if sources.is_empty() {
+        bail!("{KERNEL_DIR} has no .cu file");
+    }
     let toolchain = toolchain()?;
     let n_failures = compile_all(&toolchain, &sources, args)?;
     if n_failures > 0 {
         bail!("{n_failures} kernel compilations failed");
     }
     Ok(())
+}
+
+/// All kernels for all architectures, as a check.
+pub fn check_all() -> Result<()> {
+    let arch = ARCHITECTURES.iter().map(|it| it.to_string()).collect();
+    run(&KernelsArgs {
+        file: None,
+        arch,
+        out: None,
+    })
 }
 
 /// The kernel sources in name order.
@@ -105,7 +118,10 @@ fn toolchain() -> Result<PathBuf> {
     if is_runnable(&toolchain.join("nvvm/bin/cicc")) && is_runnable(&toolchain.join("bin/nvcc")) {
         return Ok(toolchain);
     }
-    eprintln!("fetching the CUDA {CUDA_VERSION} compiler into {} …", dest.display());
+    eprintln!(
+        "fetching the CUDA {CUDA_VERSION} compiler into {} …",
+        dest.display()
+    );
     let staging = pypi::Staging::beside(&dest)?;
     let sh = Shell::new()?;
     pypi::unpack(&sh, TOOLCHAIN, &staging.dir).context("could not fetch the CUDA compiler")?;
@@ -122,7 +138,8 @@ fn toolchain() -> Result<PathBuf> {
     fs::create_dir_all(&dest)?;
     let installed = dest.join("nvidia");
     if installed.exists() {
-        fs::remove_dir_all(&installed).with_context(|| format!("cannot replace {}", installed.display()))?;
+        fs::remove_dir_all(&installed)
+            .with_context(|| format!("cannot replace {}", installed.display()))?;
     }
     fs::rename(&unpacked, &installed).context("cannot move the CUDA compiler into the cache")?;
     Ok(toolchain)
@@ -136,7 +153,7 @@ fn is_runnable(path: &Path) -> bool {
 fn compile_all(toolchain: &Path, sources: &[PathBuf], args: &KernelsArgs) -> Result<usize> {
     let out = match &args.out {
         Some(dir) => dir.clone(),
-        None => project_root().join("target/kernels"),
+        None => target_dir().join("kernels"),
     };
     fs::create_dir_all(&out)?;
     let mut jobs = Vec::new();

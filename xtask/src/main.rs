@@ -1,9 +1,16 @@
 //! The project's own commands (`cargo xtask …`). Runs the built binaries; links none of the workspace's crates.
 
+mod bench;
+mod child;
+mod ci;
+mod dummy_model;
+mod gpu_check;
+mod gpu_pack;
 mod kernels;
 mod model;
 mod pypi;
 mod table;
+mod tidy;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,16 +27,28 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Build server and load generator, fetch the model, measure, and write tables.
+    Bench(bench::BenchArgs),
+    /// Run every check that a change must pass, cheapest first.
+    Ci(ci::CiArgs),
     /// Fetch a small real model into the cache folder and print its path.
     Model(model::ModelArgs),
     /// Compile every CUDA kernel for each supported architecture; needs no GPU and no CUDA installation.
     Kernels(kernels::KernelsArgs),
+    /// Build and pack what a GPU machine without a Rust toolchain needs.
+    GpuPack(gpu_pack::GpuPackArgs),
+    /// On a GPU machine: correctness, sanitizer and speed in one run, one table.
+    GpuCheck(gpu_check::GpuCheckArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Bench(args) => bench::run(&args),
+        Command::Ci(args) => ci::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
+        Command::GpuPack(args) => gpu_pack::run(&args),
+        Command::GpuCheck(args) => gpu_check::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -45,6 +64,23 @@ fn project_root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("xtask lies in the workspace")
+}
+
+/// The cargo that runs this program.
+fn cargo() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+}
+
+/// Cargo's target folder, wherever CARGO_TARGET_DIR or a configuration file has put it: the one this program is in.
+fn target_dir() -> PathBuf {
+    let this = std::env::current_exe().unwrap_or_default();
+    match this
+        .ancestors()
+        .find(|it| it.join("CACHEDIR.TAG").is_file())
+    {
+        Some(dir) => dir.to_path_buf(),
+        None => project_root().join("target"),
+    }
 }
 
 /// `$XDG_CACHE_HOME/ember`, else `~/.cache/ember`.

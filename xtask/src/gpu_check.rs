@@ -1,0 +1,539 @@
+//! `cargo xtask gpu-check`: on a GPU machine, correctness, sanitizer and speed in one run, one table with each figure
+//! beside its bar. Needs only the binaries of `cargo xtask gpu-pack`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::bench::read_results;
+use crate::child::{self, Interrupt, Server, http_get};
+use crate::dummy_model::{DummyModel, LLAMA_3_1_8B, QWEN2_0_5B};
+use crate::table;
+
+const READY_LIMIT: Duration = Duration::from_secs(180);
+
+#[derive(Args)]
+pub struct GpuCheckArgs {
+    /// Folder with the binaries ember and ember-bench.
+    #[arg(long, value_name = "DIR")]
+    bin_dir: PathBuf,
+    /// Folder of the results.
+    #[arg(long, value_name = "DIR", default_value = "gpu-results")]
+    out: PathBuf,
+    /// Which GPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    gpu: u32,
+    /// Only these parts.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "doctor,kernels,sanitizer,speed"
+    )]
+    only: Vec<Part>,
+    /// Of the speed loads, only those whose name contains this.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    load: String,
+    /// More flags for `ember serve`, split at spaces.
+    #[arg(
+        long,
+        value_name = "FLAGS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    serve_flags: String,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Part {
+    /// What the machine offers, and a self-test.
+    Doctor,
+    /// Each kernel against its float32 reference.
+    Kernels,
+    /// The kernel tests under compute-sanitizer.
+    Sanitizer,
+    /// The loads, over HTTP.
+    Speed,
+}
+
+/// One load, closed loop over HTTP, with random prompts and forced output lengths.
+struct Load {
+    name: &'static str,
+    model: &'static DummyModel,
+    distribution: &'static str,
+    parallel: u32,
+    number: u32,
+    is_streamed: bool,
+    bars: &'static [Bar],
+}
+
+/// A figure of the result and what it must reach.
+struct Bar {
+    figure: &'static str,
+    /// Where it stands in the result, as a JSON pointer.
+    pointer: &'static str,
+    /// To the figure's unit: results are in seconds, bars in ms.
+    scale: f64,
+    limit: Limit,
+}
+
+#[derive(Clone, Copy)]
+enum Limit {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+const fn output_tok_s(limit: f64) -> Bar {
+    Bar {
+        figure: "output tok/s",
+        pointer: "/output_tok_s",
+        scale: 1.0,
+        limit: Limit::AtLeast(limit),
+    }
+}
+
+const fn at_most_ms(figure: &'static str, pointer: &'static str, limit: f64) -> Bar {
+    Bar {
+        figure,
+        pointer,
+        scale: 1e3,
+        limit: Limit::AtMost(limit),
+    }
+}
+
+const TTFT_P50: &str = "/percentiles/ttft/p50";
+const TTFT_P99: &str = "/percentiles/ttft/p99";
+const TPOT_P50: &str = "/percentiles/tpot/p50";
+
+/// Grouped by model: each group runs against one server.
+const LOADS: &[Load] = &[
+    Load {
+        name: "openqa p1",
+        model: &LLAMA_3_1_8B,
+        distribution: "openqa",
+        parallel: 1,
+        number: 6,
+        is_streamed: true,
+        bars: &[
+            output_tok_s(190.0),
+            at_most_ms("TTFT p50 ms", TTFT_P50, 11.0),
+            at_most_ms("TPOT p50 ms", TPOT_P50, 5.3),
+        ],
+    },
+    Load {
+        name: "openqa p16",
+        model: &LLAMA_3_1_8B,
+        distribution: "openqa",
+        parallel: 16,
+        number: 96,
+        is_streamed: true,
+        bars: &[output_tok_s(2600.0)],
+    },
+    Load {
+        name: "openqa p128 whole",
+        model: &LLAMA_3_1_8B,
+        distribution: "openqa",
+        parallel: 128,
+        number: 640,
+        is_streamed: false,
+        bars: &[output_tok_s(15_000.0)],
+    },
+    Load {
+        name: "openqa p128",
+        model: &LLAMA_3_1_8B,
+        distribution: "openqa",
+        parallel: 128,
+        number: 640,
+        is_streamed: true,
+        bars: &[
+            output_tok_s(14_500.0),
+            at_most_ms("TTFT p50 ms", TTFT_P50, 80.0),
+            at_most_ms("TTFT p99 ms", TTFT_P99, 300.0),
+        ],
+    },
+    Load {
+        name: "longalpaca p1",
+        model: &LLAMA_3_1_8B,
+        distribution: "longalpaca",
+        parallel: 1,
+        number: 4,
+        is_streamed: true,
+        bars: &[
+            output_tok_s(150.0),
+            at_most_ms("TTFT p50 ms", TTFT_P50, 260.0),
+        ],
+    },
+    Load {
+        name: "longalpaca p16",
+        model: &LLAMA_3_1_8B,
+        distribution: "longalpaca",
+        parallel: 16,
+        number: 48,
+        is_streamed: true,
+        bars: &[output_tok_s(620.0)],
+    },
+    Load {
+        name: "longalpaca p128",
+        model: &LLAMA_3_1_8B,
+        distribution: "longalpaca",
+        parallel: 128,
+        number: 192,
+        is_streamed: true,
+        bars: &[output_tok_s(750.0)],
+    },
+    Load {
+        name: "qwen2-0.5b openqa p1",
+        model: &QWEN2_0_5B,
+        distribution: "openqa",
+        parallel: 1,
+        number: 6,
+        is_streamed: true,
+        bars: &[output_tok_s(900.0)],
+    },
+];
+
+/// Of the large model's server, before any load. A first start also compiles the kernels.
+const READY_COLD_S: Limit = Limit::AtMost(20.0);
+const READY_WARM_S: Limit = Limit::AtMost(8.0);
+const KV_TOKENS: Limit = Limit::AtLeast(440_000.0);
+
+/// The rows of the final table, and whether all of them are good.
+#[derive(Default)]
+struct Outcome {
+    rows: Vec<Vec<String>>,
+    n_missed: usize,
+}
+
+impl Outcome {
+    fn add(&mut self, check: &str, figure: &str, measured: Option<f64>, limit: Limit) {
+        let (is_met, bar) = match limit {
+            Limit::AtLeast(bar) => (measured.is_some_and(|it| it >= bar), format!(">= {bar}")),
+            Limit::AtMost(bar) => (measured.is_some_and(|it| it <= bar), format!("<= {bar}")),
+        };
+        let shown = match measured {
+            Some(it) if it < 100.0 => format!("{it:.2}"),
+            Some(it) => format!("{it:.0}"),
+            None => "-".to_owned(),
+        };
+        self.add_row([check, figure, &shown, &bar], is_met);
+    }
+
+    fn add_verdict(&mut self, check: &str, res: Result<()>) {
+        if let Err(err) = &res {
+            eprintln!("{check}: {err:#}");
+        }
+        self.add_row(
+            [
+                check,
+                "passes",
+                if res.is_ok() { "yes" } else { "no" },
+                "yes",
+            ],
+            res.is_ok(),
+        );
+    }
+
+    fn add_row(&mut self, cells: [&str; 4], is_met: bool) {
+        let mut row: Vec<_> = cells.iter().map(|it| it.to_string()).collect();
+        row.push(if is_met { "ok" } else { "MISSED" }.to_owned());
+        self.rows.push(row);
+        self.n_missed += usize::from(!is_met);
+    }
+}
+
+pub fn run(args: &GpuCheckArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot create {}", args.out.display()))?;
+    let check = Check {
+        args,
+        interrupt,
+        results: Default::default(),
+    };
+    let mut outcome = Outcome::default();
+    if args.only.contains(&Part::Doctor) {
+        outcome.add_verdict("doctor", check.ember(&["doctor", "--device", "cuda:0"]));
+    }
+    if args.only.contains(&Part::Kernels) {
+        outcome.add_verdict("kernel tests", check.ember(&["cuda-test"]));
+    }
+    if args.only.contains(&Part::Sanitizer) {
+        for tool in ["memcheck", "racecheck"] {
+            outcome.add_verdict(tool, check.sanitize(tool));
+        }
+    }
+    if args.only.contains(&Part::Speed) {
+        check.speed(&mut outcome)?;
+    }
+    let text = table::markdown(
+        &["check", "figure", "measured", "bar", "result"],
+        &outcome.rows,
+    );
+    fs::write(args.out.join("gpu-check.md"), &text)?;
+    let results: Vec<_> = check
+        .results
+        .into_inner()
+        .into_iter()
+        .map(|(load, it)| json!({ "load": load, "result": it }))
+        .collect();
+    fs::write(
+        args.out.join("gpu-check.json"),
+        serde_json::to_string_pretty(&results)? + "\n",
+    )?;
+    println!("\n{text}");
+    if outcome.n_missed > 0 {
+        bail!(
+            "{} of {} figures missed their bar",
+            outcome.n_missed,
+            outcome.rows.len()
+        );
+    }
+    Ok(())
+}
+
+struct Check<'a> {
+    args: &'a GpuCheckArgs,
+    interrupt: Interrupt,
+    /// By load, the raw result.
+    results: std::cell::RefCell<BTreeMap<&'static str, Value>>,
+}
+
+impl Check<'_> {
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.env("CUDA_VISIBLE_DEVICES", self.args.gpu.to_string());
+        command
+    }
+
+    fn ember(&self, args: &[&str]) -> Result<()> {
+        println!("\n== ember {}", args.join(" "));
+        let mut command = self.command(&self.args.bin_dir.join("ember"));
+        child::run_ok(
+            command.args(args),
+            &self.interrupt,
+            &format!("ember {}", args[0]),
+        )
+    }
+
+    fn sanitize(&self, tool: &str) -> Result<()> {
+        println!("\n== compute-sanitizer {tool}");
+        let sanitizer = find_sanitizer()?;
+        let mut command = self.command(&sanitizer);
+        command.args([
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--print-limit",
+            "20",
+        ]);
+        command
+            .arg(self.args.bin_dir.join("ember"))
+            .args(["cuda-test", "--quick"]);
+        child::run_ok(
+            &mut command,
+            &self.interrupt,
+            "the kernel tests under compute-sanitizer",
+        )
+    }
+
+    /// Starts one server per model, and runs its loads.
+    fn speed(&self, outcome: &mut Outcome) -> Result<()> {
+        let chosen: Vec<_> = LOADS
+            .iter()
+            .filter(|it| it.name.contains(&self.args.load))
+            .collect();
+        for loads in chosen.chunk_by(|a, b| a.model.name == b.model.name) {
+            let model = loads[0].model;
+            let res = self.speed_of_model(model, loads, outcome);
+            self.interrupt.check()?;
+            if let Err(err) = res {
+                outcome.add_verdict(&format!("serving {}", model.name), Err(err));
+            }
+        }
+        Ok(())
+    }
+
+    fn speed_of_model(
+        &self,
+        model: &DummyModel,
+        loads: &[&Load],
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let dir = model.write(&self.args.out.join("models"))?;
+        if model.name == LLAMA_3_1_8B.name {
+            // The first start may find no compiled kernels, the second finds those of the first.
+            let server = self.start_server(model, &dir)?;
+            outcome.add(
+                "first start",
+                "ready s",
+                Some(server.ready.as_secs_f64()),
+                READY_COLD_S,
+            );
+            server.stop()?;
+        }
+        let mut server = self.start_server(model, &dir)?;
+        if model.name == LLAMA_3_1_8B.name {
+            outcome.add(
+                "next start",
+                "ready s",
+                Some(server.ready.as_secs_f64()),
+                READY_WARM_S,
+            );
+            outcome.add("memory", "KV tokens", kv_tokens(server.port), KV_TOKENS);
+        }
+        for load in loads {
+            println!("\n== {}: {} requests", load.name, load.number);
+            let res = self.run_load(load, server.port);
+            self.interrupt.check()?;
+            match res {
+                Ok(result) => {
+                    for bar in load.bars {
+                        let measured = result
+                            .pointer(bar.pointer)
+                            .and_then(Value::as_f64)
+                            .map(|it| it * bar.scale);
+                        outcome.add(load.name, bar.figure, measured, bar.limit);
+                    }
+                    self.results.borrow_mut().insert(load.name, result);
+                }
+                Err(err) => outcome.add_verdict(load.name, Err(err)),
+            }
+            server.check_alive()?;
+        }
+        server.stop()
+    }
+
+    fn start_server(&self, model: &DummyModel, dir: &Path) -> Result<Server> {
+        let mut command = self.command(&self.args.bin_dir.join("ember"));
+        command
+            .arg("serve")
+            .arg(dir)
+            .args(["--served-model-name", model.name, "--device", "cuda"]);
+        command.args([
+            "--load-format",
+            "dummy",
+            "--dtype",
+            "bfloat16",
+            "--no-enable-prefix-caching",
+        ]);
+        command.args(self.args.serve_flags.split_whitespace());
+        let log = self.args.out.join(format!("server-{}.log", model.name));
+        Server::start(command, &log, READY_LIMIT, &self.interrupt)
+    }
+
+    fn run_load(&self, load: &Load, port: u16) -> Result<Value> {
+        let json_path = self
+            .args
+            .out
+            .join(format!("{}.json", load.name.replace(' ', "-")));
+        let mut command = Command::new(self.args.bin_dir.join("ember-bench"));
+        command.args([
+            "perf",
+            "--url",
+            &format!("http://127.0.0.1:{port}"),
+            "--model",
+            load.model.name,
+        ]);
+        command.args([
+            "--dataset",
+            "random",
+            "--random-vocab-size",
+            &load.model.vocab_size.to_string(),
+        ]);
+        command.args(["--length-distribution", load.distribution, "--ignore-eos"]);
+        command.args([
+            "--parallel",
+            &load.parallel.to_string(),
+            "--number",
+            &load.number.to_string(),
+        ]);
+        command.arg(if load.is_streamed {
+            "--stream"
+        } else {
+            "--no-stream"
+        });
+        // Kernels' and graphs' first uses are not the load's.
+        command.args(["--warmup", &load.parallel.to_string()]);
+        command
+            .arg("--db")
+            .arg(self.args.out.join("bench.db"))
+            .arg("--json")
+            .arg(&json_path);
+        child::run_ok(&mut command, &self.interrupt, "ember-bench perf")?;
+        let result = read_results(&json_path)?.swap_remove(0);
+        if result["failed"].as_u64() != Some(0) {
+            bail!("{} requests failed: {}", result["failed"], result["errors"]);
+        }
+        Ok(result)
+    }
+}
+
+/// The KV cache's size in tokens, from the labels of the server's `cache_config_info` metric.
+fn kv_tokens(port: u16) -> Option<f64> {
+    let (_, metrics) = http_get(port, "/metrics").ok()?;
+    let line = metrics
+        .lines()
+        .find(|it| it.starts_with("vllm:cache_config_info{"))?;
+    let label = |name: &str| {
+        let (_, rest) = line.split_once(&format!("{name}=\""))?;
+        rest.split('"').next()?.parse::<f64>().ok()
+    };
+    Some(label("num_gpu_blocks")? * label("block_size")?)
+}
+
+fn find_sanitizer() -> Result<PathBuf> {
+    let cuda = std::env::var_os("CUDA_PATH")
+        .map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
+    let places = [
+        cuda.join("bin/compute-sanitizer"),
+        cuda.join("compute-sanitizer/compute-sanitizer"),
+    ];
+    match places.iter().find(|it| it.is_file()) {
+        Some(path) => Ok(path.clone()),
+        None => bail!(
+            "no compute-sanitizer under {} (set CUDA_PATH, or leave out the part `sanitizer`)",
+            cuda.display()
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn loads_have_unique_names_and_bars_and_are_grouped_by_model() {
+        let names: BTreeSet<_> = LOADS.iter().map(|it| it.name).collect();
+        assert_eq!(names.len(), LOADS.len());
+        assert!(
+            LOADS
+                .iter()
+                .all(|it| !it.bars.is_empty() && it.number >= it.parallel)
+        );
+        let models: BTreeSet<_> = LOADS.iter().map(|it| it.model.name).collect();
+        assert_eq!(
+            LOADS.chunk_by(|a, b| a.model.name == b.model.name).count(),
+            models.len()
+        );
+    }
+
+    #[test]
+    fn a_missing_figure_misses_its_bar() {
+        let mut outcome = Outcome::default();
+        outcome.add("a", "tok/s", Some(190.0), Limit::AtLeast(190.0));
+        outcome.add("a", "ms", Some(5.0), Limit::AtMost(5.3));
+        assert_eq!(outcome.n_missed, 0);
+        outcome.add("b", "tok/s", None, Limit::AtLeast(190.0));
+        outcome.add("b", "ms", Some(5.4), Limit::AtMost(5.3));
+        assert_eq!(outcome.n_missed, 2);
+        assert_eq!(outcome.rows[2][2..], ["-", ">= 190", "MISSED"]);
+    }
+}
