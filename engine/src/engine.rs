@@ -1,15 +1,39 @@
-//! [`Engine`]: loads a model and runs the serving loop on its own thread.
+//! [`Engine`]: loads a model and answers requests. The loop itself is in [`crate::serving`].
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use crate::{
-    EngineConfig, Error, GenerateRequest, Generation, Output, Prompt, SamplingParams,
+    EngineConfig, Error, Event, GenerateRequest, Generation, Output, Prompt, SamplingParams,
+    executors::{self, Capacity},
+    generation::CancelFlag,
+    models::{GenerationDefaults, Model},
+    sequence::NewSequence,
+    serving::{Arrival, Serving, Shared},
     text::{ChatTemplate, Tokenizer},
 };
 
 /// A loaded model that answers requests until it is dropped.
 pub struct Engine {
     info: EngineInfo,
+    tokenizer: Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    defaults: SamplingParams,
+    eos_token_ids: Arc<[u32]>,
+    shared: Arc<Shared>,
+    seed: u64,
+    n_requests: AtomicU64,
+    /// `None` once the engine is being dropped.
+    arrivals: Option<mpsc::Sender<Arrival>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// What was loaded, and how.
@@ -21,12 +45,16 @@ pub struct EngineInfo {
     pub architecture: String,
     /// Parameters of the model.
     pub n_parameters: usize,
+    /// Stored element type of most weights, such as `BF16` or `Q4_1`.
+    pub file_dtype: String,
     /// Token ids are below this.
     pub vocab_size: usize,
     /// Longest prompt + output in tokens.
     pub max_model_len: usize,
     /// Most sequences in one step.
     pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: usize,
     /// Tokens that the KV cache holds.
     pub n_kv_tokens: usize,
     /// Device, element type and memory plan, in one line.
@@ -36,7 +64,7 @@ pub struct EngineInfo {
 }
 
 /// The engine's state now and its counters since start.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Sequences in the batch.
     pub n_running: usize,
@@ -65,8 +93,68 @@ impl Engine {
     /// [`Error::Model`] for missing, broken or unsupported files; [`Error::Config`] for options that
     /// cannot be honoured; [`Error::Device`] if the device fails or lacks memory.
     pub fn load(source: impl AsRef<Path>, config: EngineConfig) -> Result<Self, Error> {
-        let _ = (source.as_ref(), config);
-        unimplemented!()
+        let model = Model::open(source.as_ref(), config.load_format, config.seed)?;
+        let Model {
+            path,
+            spec,
+            weights,
+            tokenizer,
+            chat_template,
+            generation,
+            file_dtype,
+        } = model;
+        let (vocab_size, n_parameters) = (spec.vocab_size, spec.n_parameters());
+        let architecture = spec.architecture.clone();
+        let seed = config.seed;
+
+        let shared = Arc::new(Shared::new());
+        let (arrivals, inbox) = mpsc::channel();
+        let (loaded, wait_loaded) = mpsc::sync_channel::<Result<(Capacity, String), Error>>(1);
+        // The executor is made on the thread that uses it: device contexts belong to threads.
+        let thread_shared = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("ember-engine".into())
+            .spawn(move || {
+                let executor = match executors::create(&spec, &*weights, &config) {
+                    Ok(executor) => executor,
+                    Err(error) => return drop(loaded.send(Err(error))),
+                };
+                drop(weights);
+                let capacity = executor.capacity().clone();
+                let _ = loaded.send(Ok((capacity, executor.describe())));
+                Serving::new(executor, &config, thread_shared).run(&inbox);
+            })
+            .map_err(|e| Error::Device(format!("cannot start the engine's thread: {e}")))?;
+        let (capacity, executor) = wait_loaded
+            .recv()
+            .map_err(|_| Error::Device("the engine's thread died while loading".into()))??;
+
+        Ok(Self {
+            info: EngineInfo {
+                model_path: path,
+                architecture,
+                n_parameters,
+                file_dtype,
+                vocab_size,
+                max_model_len: capacity.max_model_len,
+                max_num_seqs: capacity.max_num_seqs,
+                max_num_batched_tokens: capacity.max_num_batched_tokens,
+                n_kv_tokens: capacity.n_pages * crate::step::PAGE_SIZE,
+                executor,
+                created: SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |d| d.as_secs()),
+            },
+            tokenizer,
+            chat_template,
+            defaults: default_sampling_params(&generation),
+            eos_token_ids: generation.eos_token_ids.into(),
+            shared,
+            seed,
+            n_requests: AtomicU64::new(0),
+            arrivals: Some(arrivals),
+            thread: Some(thread),
+        })
     }
 
     /// Starts one request.
@@ -75,8 +163,95 @@ impl Engine {
     /// [`Error::InvalidRequest`] for parameters out of range or a prompt longer than the context;
     /// [`Error::Stopped`] after a device error.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, Error> {
-        let _ = request;
-        unimplemented!()
+        let GenerateRequest {
+            prompt,
+            params,
+            cache_salt,
+        } = request;
+        params.validate(self.info.vocab_size)?;
+        let prompt: Arc<[u32]> = match prompt {
+            Prompt::Text(text) => self.tokenizer.encode(&text, true)?.into(),
+            Prompt::Tokens(ids) => ids.into(),
+        };
+        self.check_prompt(&prompt)?;
+        if let Some(error) = self.shared.failure() {
+            return Err(Error::Stopped(error.to_string()));
+        }
+
+        let n_requests = self.n_requests.fetch_add(1, Ordering::Relaxed);
+        let seed = params
+            .seed
+            .unwrap_or_else(|| mix(self.seed ^ mix(n_requests)));
+        let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let cancels: Vec<CancelFlag> = (0..params.n).map(|_| CancelFlag::default()).collect();
+        let generation = Generation::new(
+            prompt.clone(),
+            &params,
+            &self.tokenizer,
+            cancels.clone(),
+            receiver,
+        );
+        let params = Arc::new(params);
+        for (index, cancel) in cancels.into_iter().enumerate() {
+            let sequence = NewSequence {
+                prompt: prompt.clone(),
+                params: params.clone(),
+                seed: seed.wrapping_add(index as u64),
+                max_len: self.info.max_model_len,
+                eos_token_ids: self.eos_token_ids.clone(),
+                cache_salt: cache_salt.clone(),
+            };
+            let arrival = Arrival {
+                sequence,
+                index,
+                events: events.clone(),
+                cancel,
+            };
+            let arrivals = self.arrivals.as_ref().expect("set until drop");
+            arrivals
+                .send(arrival)
+                .map_err(|_| Error::Stopped("its thread has ended".into()))?;
+        }
+        Ok(generation)
+    }
+
+    fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
+        let max = self.info.max_model_len;
+        if prompt.is_empty() {
+            return Err(Error::invalid(
+                "prompt",
+                "The prompt is empty: it must hold at least one token.",
+            ));
+        }
+        if let Some(id) = prompt
+            .iter()
+            .find(|&&id| id as usize >= self.info.vocab_size)
+        {
+            let message = format!(
+                "Token id {id} is out of vocabulary (size {}).",
+                self.info.vocab_size
+            );
+            return Err(Error::invalid("prompt", message));
+        }
+        if prompt.len() == max {
+            return Err(Error::invalid(
+                "max_tokens",
+                format!(
+                    "max_tokens must be at least 1, got 0: the prompt's {max} tokens fill the context."
+                ),
+            ));
+        }
+        if prompt.len() > max {
+            return Err(Error::invalid(
+                "input_tokens",
+                format!(
+                    "This model's maximum context length is {max} tokens. However, your prompt contains {} input \
+                     tokens. Please reduce the length of the input prompt.",
+                    prompt.len()
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// Runs `prompts` to their end and returns the outputs ordered by prompt, then by index. Blocks.
@@ -88,8 +263,40 @@ impl Engine {
         prompts: impl IntoIterator<Item = impl Into<Prompt>>,
         params: &SamplingParams,
     ) -> Result<Vec<Output>, Error> {
-        let _ = (prompts.into_iter().map(Into::into).collect::<Vec<Prompt>>(), params);
-        unimplemented!()
+        let generations = prompts
+            .into_iter()
+            .map(|prompt| self.submit(GenerateRequest::new(prompt, params.clone())))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut outputs = Vec::new();
+        for (prompt_index, mut generation) in generations.into_iter().enumerate() {
+            let mut of_prompt: Vec<Output> = (0..params.n as usize)
+                .map(|index| Output {
+                    prompt_index,
+                    index,
+                    prompt_token_ids: generation.prompt_token_ids().clone(),
+                    text: String::new(),
+                    token_ids: Vec::new(),
+                    logprobs: Vec::new(),
+                    finish: crate::Finish {
+                        reason: ember_common::FinishReason::Abort,
+                        stop_reason: None,
+                    },
+                })
+                .collect();
+            while let Some(event) = generation.blocking_next() {
+                if let Event::Delta(delta) = event? {
+                    let output = &mut of_prompt[delta.index];
+                    output.text.push_str(&delta.text);
+                    output.token_ids.extend(delta.token_ids);
+                    output.logprobs.extend(delta.logprobs);
+                    if let Some(finish) = delta.finish {
+                        output.finish = finish;
+                    }
+                }
+            }
+            outputs.extend(of_prompt);
+        }
+        Ok(outputs)
     }
 
     /// What was loaded.
@@ -99,26 +306,63 @@ impl Engine {
 
     /// State and counters.
     pub fn stats(&self) -> EngineStats {
-        EngineStats::default()
+        self.shared.stats()
     }
 
     /// False once the device has failed.
     pub fn is_healthy(&self) -> bool {
-        true
+        self.shared.failure().is_none()
     }
 
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
-        unimplemented!()
+        &self.tokenizer
     }
 
     /// The model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        None
+        self.chat_template.as_ref()
     }
 
     /// The model's own defaults (generation_config.json), for fields that a request leaves open.
     pub fn default_sampling_params(&self) -> &SamplingParams {
-        unimplemented!()
+        &self.defaults
     }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.arrivals = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn default_sampling_params(model: &GenerationDefaults) -> SamplingParams {
+    let base = SamplingParams::default();
+    SamplingParams {
+        temperature: model.temperature.unwrap_or(base.temperature),
+        top_p: model.top_p.unwrap_or(base.top_p),
+        top_k: model.top_k.unwrap_or(base.top_k),
+        min_p: model.min_p.unwrap_or(base.min_p),
+        repetition_penalty: model.repetition_penalty.unwrap_or(base.repetition_penalty),
+        max_tokens: model.max_new_tokens,
+        ..base
+    }
+}
+
+/// SplitMix64 (Steele et al. 2014): spreads neighbouring numbers.
+fn mix(n: u64) -> u64 {
+    let mut z = n.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Panics of the engine's thread poison nothing worth keeping.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -30,6 +30,7 @@ pub mod request;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+mod serving;
 pub mod step;
 pub mod text;
 pub mod weights;
@@ -39,5 +40,6 @@ pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;
 pub use request::{
-    Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
+    Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason,
+    TokenLogprobs,
 };

@@ -113,7 +113,7 @@ impl Scheduler {
         debug_assert!(new.max_len <= self.config.n_pages * PAGE_SIZE);
         let id = self.next_id;
         self.next_id += 1;
-        self.seqs.insert(id, Sequence::new(id, new));
+        self.seqs.insert(id, Sequence::new(new));
         self.waiting.push_back(id);
         id
     }
@@ -275,17 +275,26 @@ impl Scheduler {
             let (start, end) = (seq.n_scheduled, seq.n_scheduled + n_tokens);
             let query_start = step.token_ids.len() as u32;
             for position in start..end {
-                let token = seq.tokens.get(position).map_or(-1 - slot as i32, |&t| t as i32);
+                let token = seq
+                    .tokens
+                    .get(position)
+                    .map_or(-1 - slot as i32, |&t| t as i32);
                 step.token_ids.push(token);
                 step.positions.push(position as u32);
                 let page = seq.table.pages()[position / PAGE_SIZE];
-                step.slot_mapping.push(page * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32);
+                step.slot_mapping
+                    .push(page * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32);
             }
             let n_prompt = seq.new.prompt.len();
             self.counters.n_prompt_tokens += end.min(n_prompt).saturating_sub(start) as u64;
-            let wants_prompt = seq.new.params.prompt_logprobs.filter(|_| seq.n_output() == 0 && start + 1 < n_prompt);
+            let wants_prompt = seq
+                .new
+                .params
+                .prompt_logprobs
+                .filter(|_| seq.n_output() == 0 && start + 1 < n_prompt);
             let block_start = step.block_tables.len();
-            step.block_tables.extend_from_slice(&seq.table.pages()[..end.div_ceil(PAGE_SIZE)]);
+            step.block_tables
+                .extend_from_slice(&seq.table.pages()[..end.div_ceil(PAGE_SIZE)]);
             step.seqs.push(StepSeq {
                 slot,
                 query_start,
@@ -315,7 +324,12 @@ impl Scheduler {
                 seq.n_in_flight += 1;
             }
             seq.n_scheduled = end;
-            in_flight.push(InFlight { id, samples, has_prompt_logprobs: wants_prompt.is_some(), n_preemptions: seq.n_preemptions });
+            in_flight.push(InFlight {
+                id,
+                samples,
+                has_prompt_logprobs: wants_prompt.is_some(),
+                n_preemptions: seq.n_preemptions,
+            });
         }
         self.in_flight.push_back(in_flight);
         step
@@ -327,13 +341,23 @@ impl Scheduler {
         let mut tokens = output.tokens.into_iter();
         let mut prompt_logprobs = output.prompt_logprobs.into_iter();
         let mut progress = Vec::new();
-        for InFlight { id, samples, has_prompt_logprobs, n_preemptions } in planned {
-            let prompt_part = has_prompt_logprobs.then(|| prompt_logprobs.next().unwrap_or_default());
+        for InFlight {
+            id,
+            samples,
+            has_prompt_logprobs,
+            n_preemptions,
+        } in planned
+        {
+            let prompt_part =
+                has_prompt_logprobs.then(|| prompt_logprobs.next().unwrap_or_default());
             let sampled = samples.then(|| tokens.next().expect("one token per sampled row"));
-            let Some(seq) = self.seqs.get_mut(&id) else { continue };
+            let Some(seq) = self.seqs.get_mut(&id) else {
+                continue;
+            };
             // What was computed before a preemption is computed again.
             if n_preemptions == seq.n_preemptions {
-                seq.prompt_logprobs.extend(prompt_part.into_iter().flatten());
+                seq.prompt_logprobs
+                    .extend(prompt_part.into_iter().flatten());
             }
             let end = sampled.map(|token| {
                 let is_first = seq.tokens.len() == seq.new.prompt.len();

@@ -41,7 +41,6 @@ pub struct SequenceEnd {
 /// A sequence from its arrival to its end.
 #[derive(Debug)]
 pub struct Sequence {
-    pub(crate) id: SeqId,
     pub(crate) new: NewSequence,
     /// Prompt and known output.
     pub(crate) tokens: Vec<u32>,
@@ -62,14 +61,13 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SeqId, new: NewSequence) -> Self {
+    pub(crate) fn new(new: NewSequence) -> Self {
         let mut stop_ids = new.params.stop_token_ids.clone();
         if !new.params.ignore_eos {
             stop_ids.extend_from_slice(&new.eos_token_ids);
         }
         let banned = (new.params.min_tokens > 0 && !stop_ids.is_empty()).then(|| stop_ids.into());
         Self {
-            id,
             tokens: new.prompt.to_vec(),
             new,
             n_scheduled: 0,
@@ -95,7 +93,11 @@ impl Sequence {
 
     /// Most tokens this sequence may come to.
     pub(crate) fn len_limit(&self) -> usize {
-        let asked = self.new.params.max_tokens.map_or(usize::MAX, |n| self.new.prompt.len() + n as usize);
+        let asked = self
+            .new
+            .params
+            .max_tokens
+            .map_or(usize::MAX, |n| self.new.prompt.len() + n as usize);
         asked.min(self.new.max_len)
     }
 
@@ -110,7 +112,9 @@ impl Sequence {
 
     /// Ids that must not be sampled for output token number `n_output`.
     pub(crate) fn banned(&self) -> Option<Arc<[u32]>> {
-        (self.n_output() < self.new.params.min_tokens as usize).then(|| self.banned_until_min_tokens.clone()).flatten()
+        (self.n_output() < self.new.params.min_tokens as usize)
+            .then(|| self.banned_until_min_tokens.clone())
+            .flatten()
     }
 
     /// Appends a sampled token and says whether it was the last.
@@ -123,13 +127,21 @@ impl Sequence {
             if !params.ignore_eos
                 && let Some(i) = self.new.eos_token_ids.iter().position(|&id| id == token)
             {
-                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: (i > 0).then_some(token) });
+                return Some(SequenceEnd {
+                    reason: FinishReason::Stop,
+                    stop_token: (i > 0).then_some(token),
+                });
             }
             if params.stop_token_ids.contains(&token) {
-                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token) });
+                return Some(SequenceEnd {
+                    reason: FinishReason::Stop,
+                    stop_token: Some(token),
+                });
             }
         }
-        (self.tokens.len() >= self.len_limit())
-            .then_some(SequenceEnd { reason: FinishReason::Length, stop_token: None })
+        (self.tokens.len() >= self.len_limit()).then_some(SequenceEnd {
+            reason: FinishReason::Length,
+            stop_token: None,
+        })
     }
 }

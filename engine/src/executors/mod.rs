@@ -5,8 +5,10 @@ pub mod burn;
 pub mod cuda;
 
 use crate::{
-    Error,
+    DeviceChoice, EngineConfig, Error,
+    decoder::DecoderSpec,
     step::{StepInput, StepOutput},
+    weights::WeightSource,
 };
 
 /// What an executor can hold, fixed at load.
@@ -46,4 +48,44 @@ pub trait Executor: Send {
     /// # Errors
     /// [`Error::Device`]; the executor must not be used again after it.
     fn collect(&mut self) -> Result<StepOutput, Error>;
+}
+
+/// Makes the executor for `config.device` and loads `weights` into it.
+///
+/// # Errors
+/// [`Error::Config`] if the device is not in this build or an option cannot be honoured,
+/// [`Error::Model`] for bad weights, [`Error::Device`] if the device fails or lacks memory.
+pub fn create(
+    spec: &DecoderSpec,
+    weights: &dyn WeightSource,
+    config: &EngineConfig,
+) -> Result<Box<dyn Executor>, Error> {
+    match config.device {
+        DeviceChoice::Cpu => on_cpu(spec, weights, config),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(index) => Ok(Box::new(cuda::CudaExecutor::new(
+            spec, weights, config, index,
+        )?)),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Auto if cuda::is_available() => {
+            Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, 0)?))
+        }
+        DeviceChoice::Auto => on_cpu(spec, weights, config),
+        #[cfg(not(feature = "cuda"))]
+        DeviceChoice::Cuda(_) => Err(Error::config(
+            "--device",
+            "this build has no CUDA; build with `--features cuda`, or use `--device cpu`",
+        )),
+    }
+}
+
+fn on_cpu(
+    spec: &DecoderSpec,
+    weights: &dyn WeightSource,
+    config: &EngineConfig,
+) -> Result<Box<dyn Executor>, Error> {
+    let device = ::burn::tensor::Device::flex();
+    Ok(Box::new(burn::BurnExecutor::new(
+        spec, weights, config, device,
+    )?))
 }

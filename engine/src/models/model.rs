@@ -89,20 +89,35 @@ impl Model {
                 stored(SafetensorsSource::open(path, spec.clone(), name_of)?)?
             }
         };
-        let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
-            Tokenizer::byte_level(spec.vocab_size)?
-        } else {
-            Tokenizer::from_folder(path)?
-        };
+        let tokenizer =
+            if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
+                Tokenizer::byte_level(spec.vocab_size)?
+            } else {
+                Tokenizer::from_folder(path)?
+            };
         let chat_template = ChatTemplate::from_folder(path, &tokenizer)?;
         let generation = generation_from_folder(path, &config, &tokenizer)?;
-        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
+        Ok(Self {
+            path: path.to_owned(),
+            spec,
+            weights,
+            tokenizer,
+            chat_template,
+            generation,
+            file_dtype,
+        })
     }
 
-    fn open_gguf(path: &Path, file: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+    fn open_gguf(
+        path: &Path,
+        file: &Path,
+        load_format: LoadFormat,
+        seed: u64,
+    ) -> Result<Self, Error> {
         let gguf = Arc::new(Gguf::open(file)?);
         let name = gguf.string("general.architecture")?;
-        let name = name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
+        let name =
+            name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
         let architecture = ARCHITECTURES
             .iter()
             .find(|a| a.gguf_names().contains(&name))
@@ -110,20 +125,33 @@ impl Model {
         let spec = architecture.spec_from_gguf(&gguf)?;
         let (weights, file_dtype) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
-            LoadFormat::Auto => {
-                stored(GgufSource::new(gguf.clone(), spec.clone(), architecture.gguf_interleaved_rope())?)?
-            }
+            LoadFormat::Auto => stored(GgufSource::new(
+                gguf.clone(),
+                spec.clone(),
+                architecture.gguf_interleaved_rope(),
+            )?)?,
         };
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
         let generation = generation_from_tokenizer(&tokenizer);
-        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
+        Ok(Self {
+            path: path.to_owned(),
+            spec,
+            weights,
+            tokenizer,
+            chat_template,
+            generation,
+            file_dtype,
+        })
     }
 }
 
 /// Random weights of `spec`.
 fn dummy(spec: &DecoderSpec, seed: u64) -> Result<(Box<dyn WeightSource>, String), Error> {
-    Ok((Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?), "dummy".into()))
+    Ok((
+        Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?),
+        "dummy".into(),
+    ))
 }
 
 /// `source` and the name of its typical element type.
@@ -141,7 +169,10 @@ enum Location {
 }
 
 fn locate(path: &Path) -> Result<Location, Error> {
-    let has_gguf_suffix = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let has_gguf_suffix = |p: &Path| {
+        p.extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+    };
     if path.is_file() {
         // Caches of other tools store GGUF files without the suffix; the reader checks the first bytes.
         return Ok(Location::Gguf(path.to_owned()));
@@ -155,24 +186,48 @@ fn locate(path: &Path) -> Result<Location, Error> {
     if path.join("config.json").is_file() {
         return Ok(Location::Folder);
     }
-    let entries = std::fs::read_dir(path).map_err(|e| Error::model(path, format!("cannot read the folder: {e}")))?;
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let entries = std::fs::read_dir(path)
+        .map_err(|e| Error::model(path, format!("cannot read the folder: {e}")))?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
     files.retain(|file| has_gguf_suffix(file) && file.is_file());
     files.sort();
     match files.as_slice() {
         [file] => Ok(Location::Gguf(file.clone())),
-        [] => Err(Error::model(path, "neither config.json nor a .gguf file is in this folder")),
+        [] => Err(Error::model(
+            path,
+            "neither config.json nor a .gguf file is in this folder",
+        )),
         _ => {
-            let names: Vec<_> =
-                files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
-            Err(Error::model(path, format!("several .gguf files; name one of them: {}", names.join(", "))))
+            let names: Vec<_> = files
+                .iter()
+                .filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()))
+                .collect();
+            Err(Error::model(
+                path,
+                format!(
+                    "several .gguf files; name one of them: {}",
+                    names.join(", ")
+                ),
+            ))
         }
     }
 }
 
-fn unsupported_architecture(name: &str, names: impl Fn(&dyn Architecture) -> &'static [&'static str]) -> String {
-    let supported: Vec<_> = ARCHITECTURES.iter().flat_map(|a| names(*a)).copied().collect();
-    format!("architecture '{name}' is not supported; supported are {}", supported.join(", "))
+fn unsupported_architecture(
+    name: &str,
+    names: impl Fn(&dyn Architecture) -> &'static [&'static str],
+) -> String {
+    let supported: Vec<_> = ARCHITECTURES
+        .iter()
+        .flat_map(|a| names(*a))
+        .copied()
+        .collect();
+    format!(
+        "architecture '{name}' is not supported; supported are {}",
+        supported.join(", ")
+    )
 }
 
 /// Checks that the numbers of `spec` go together and that sizes cannot overflow.
@@ -192,13 +247,22 @@ pub(super) fn check_dimensions(spec: &DecoderSpec) -> Result<(), String> {
         }
     }
     if spec.n_layers == 0 || spec.n_layers > 4096 {
-        return Err(format!("the number of layers is {}; it must be between 1 and 4096", spec.n_layers));
+        return Err(format!(
+            "the number of layers is {}; it must be between 1 and 4096",
+            spec.n_layers
+        ));
     }
     if !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
-        return Err(format!("{} heads cannot share {} key/value heads evenly", spec.n_heads, spec.n_kv_heads));
+        return Err(format!(
+            "{} heads cannot share {} key/value heads evenly",
+            spec.n_heads, spec.n_kv_heads
+        ));
     }
     if !spec.head_dim.is_multiple_of(2) || spec.n_heads * spec.head_dim > MAX {
-        return Err(format!("{} heads of width {} are not supported", spec.n_heads, spec.head_dim));
+        return Err(format!(
+            "{} heads of width {} are not supported",
+            spec.n_heads, spec.head_dim
+        ));
     }
     if spec.max_position == 0 || !spec.norm_eps.is_finite() || spec.norm_eps < 0.0 {
         return Err(format!(
@@ -219,10 +283,18 @@ fn generation_from_tokenizer(tokenizer: &Tokenizer) -> GenerationDefaults {
 
 /// generation_config.json over config.json over the tokenizer's special tokens. As in vLLM, the tokenizer's
 /// end-of-sequence token is the primary one, and sampling parameters count whatever `do_sample` says.
-fn generation_from_folder(path: &Path, config: &HfConfig, tokenizer: &Tokenizer) -> Result<GenerationDefaults, Error> {
+fn generation_from_folder(
+    path: &Path,
+    config: &HfConfig,
+    tokenizer: &Tokenizer,
+) -> Result<GenerationDefaults, Error> {
     let mut defaults = generation_from_tokenizer(tokenizer);
     let file = path.join("generation_config.json");
-    let generation = if file.is_file() { Some(HfConfig::open(&file)?) } else { None };
+    let generation = if file.is_file() {
+        Some(HfConfig::open(&file)?)
+    } else {
+        None
+    };
     for source in generation.iter().chain([config]) {
         for id in token_ids(source, "eos_token_id")? {
             if !defaults.eos_token_ids.contains(&id) {
@@ -239,8 +311,13 @@ fn generation_from_folder(path: &Path, config: &HfConfig, tokenizer: &Tokenizer)
         defaults.min_p = generation.number("min_p")?;
         defaults.repetition_penalty = generation.number("repetition_penalty")?;
         // 0 means all tokens and is the default.
-        defaults.top_k = generation.get("top_k").and_then(Value::as_u64).and_then(|k| u32::try_from(k).ok());
-        defaults.max_new_tokens = generation.count("max_new_tokens")?.and_then(|n| u32::try_from(n).ok());
+        defaults.top_k = generation
+            .get("top_k")
+            .and_then(Value::as_u64)
+            .and_then(|k| u32::try_from(k).ok());
+        defaults.max_new_tokens = generation
+            .count("max_new_tokens")?
+            .and_then(|n| u32::try_from(n).ok());
     }
     Ok(defaults)
 }

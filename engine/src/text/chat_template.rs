@@ -5,14 +5,14 @@
 
 use std::path::Path;
 
-use minijinja::{Environment, ErrorKind, Value as JinjaValue, value::Kwargs};
+use minijinja::{
+    Environment, ErrorKind, Value as JinjaValue,
+    value::{Kwargs, Serde},
+};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{
-    Tokenizer,
-    tokenizer::read_json,
-};
+use super::{Tokenizer, tokenizer::read_json};
 use crate::{Error, weights::gguf::Gguf};
 
 /// Marks where the last message's text ends, to be cut off there (as transformers does).
@@ -53,21 +53,36 @@ impl ChatTemplate {
         let path = folder.join("chat_template.jinja");
         if path.is_file() {
             let source = std::fs::read_to_string(&path);
-            let source = source.map_err(|e| Error::model(&path, format!("cannot read the file: {e}")))?;
+            let source =
+                source.map_err(|e| Error::model(&path, format!("cannot read the file: {e}")))?;
             return Self::named(&path, vec![("default".into(), source)], tokenizer).map(Some);
         }
         for file in ["tokenizer_config.json", "chat_template.json"] {
             let path = folder.join(file);
-            let Some(config) = read_json(&path)? else { continue };
+            let Some(config) = read_json(&path)? else {
+                continue;
+            };
             let templates = match &config["chat_template"] {
                 Value::Null => continue,
                 Value::String(source) => vec![("default".to_owned(), source.clone())],
                 Value::Array(list) => {
-                    let entry = |e: &Value| Some((e["name"].as_str()?.to_owned(), e["template"].as_str()?.to_owned()));
+                    let entry = |e: &Value| {
+                        Some((
+                            e["name"].as_str()?.to_owned(),
+                            e["template"].as_str()?.to_owned(),
+                        ))
+                    };
                     let templates = list.iter().map(entry).collect::<Option<_>>();
-                    templates.ok_or_else(|| Error::model(&path, "'chat_template' must list {name, template} objects"))?
+                    templates.ok_or_else(|| {
+                        Error::model(&path, "'chat_template' must list {name, template} objects")
+                    })?
                 }
-                _ => return Err(Error::model(&path, "'chat_template' must be a string or a list")),
+                _ => {
+                    return Err(Error::model(
+                        &path,
+                        "'chat_template' must be a string or a list",
+                    ));
+                }
             };
             return Self::named(&path, templates, tokenizer).map(Some);
         }
@@ -79,7 +94,9 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Model`] if it is not valid Jinja.
     pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Result<Option<Self>, Error> {
-        let Some(source) = gguf.string("tokenizer.chat_template")? else { return Ok(None) };
+        let Some(source) = gguf.string("tokenizer.chat_template")? else {
+            return Ok(None);
+        };
         let mut templates = vec![("default".to_owned(), source.to_owned())];
         if let Some(source) = gguf.string("tokenizer.chat_template.tool_use")? {
             templates.push(("tool_use".into(), source.to_owned()));
@@ -95,20 +112,44 @@ impl ChatTemplate {
         Self::named(path, vec![("default".into(), source.to_owned())], tokenizer)
     }
 
-    fn named(path: &Path, templates: Vec<(String, String)>, tokenizer: &Tokenizer) -> Result<Self, Error> {
-        let Some((_, source)) = templates.iter().find(|(name, _)| name == "default").cloned() else {
+    fn named(
+        path: &Path,
+        templates: Vec<(String, String)>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, Error> {
+        let Some((_, source)) = templates
+            .iter()
+            .find(|(name, _)| name == "default")
+            .cloned()
+        else {
             let names: Vec<_> = templates.iter().map(|(name, _)| name.as_str()).collect();
-            return Err(Error::model(path, format!("no chat template is named 'default', only: {}", names.join(", "))));
+            return Err(Error::model(
+                path,
+                format!(
+                    "no chat template is named 'default', only: {}",
+                    names.join(", ")
+                ),
+            ));
         };
         let mut environment = environment();
         for (name, text) in tokenizer.special_token_texts() {
             environment.add_global(name.clone(), text.clone());
         }
         for (name, source) in templates {
-            let fail = |e| Error::model(path, format!("chat template '{name}' is not valid: {}", describe(&e)));
-            environment.add_template_owned(name.clone(), without_generation_blocks(&source)).map_err(fail)?;
+            let fail = |e| {
+                Error::model(
+                    path,
+                    format!("chat template '{name}' is not valid: {}", describe(&e)),
+                )
+            };
+            environment
+                .add_template_owned(name.clone(), without_generation_blocks(&source))
+                .map_err(fail)?;
         }
-        Ok(Self { environment, source })
+        Ok(Self {
+            environment,
+            source,
+        })
     }
 
     /// The default template's text.
@@ -121,9 +162,16 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::InvalidRequest`] if options contradict each other or the template refuses the messages.
     pub fn render(&self, messages: &[Value], options: &ChatOptions<'_>) -> Result<String, Error> {
-        let fail = |e: minijinja::Error| Error::invalid("messages", format!("chat template: {}", describe(&e)));
-        let has_tool_template = options.tools.is_some() && self.environment.get_template("tool_use").is_ok();
-        let name = if has_tool_template { "tool_use" } else { "default" };
+        let fail = |e: minijinja::Error| {
+            Error::invalid("messages", format!("chat template: {}", describe(&e)))
+        };
+        let has_tool_template =
+            options.tools.is_some() && self.environment.get_template("tool_use").is_ok();
+        let name = if has_tool_template {
+            "tool_use"
+        } else {
+            "default"
+        };
         let template = self.environment.get_template(name).map_err(fail)?;
         if !options.continue_final_message {
             return template.render(variables(messages, options)).map_err(fail);
@@ -135,23 +183,36 @@ impl ChatTemplate {
             ));
         }
         let mut messages = messages.to_vec();
-        let last = messages.last_mut().and_then(|message| last_text(message.get_mut("content")?)).ok_or_else(|| {
-            Error::invalid("continue_final_message", "continue_final_message needs a last message that ends with text.")
-        })?;
+        let last = messages
+            .last_mut()
+            .and_then(|message| last_text(message.get_mut("content")?))
+            .ok_or_else(|| {
+                Error::invalid(
+                    "continue_final_message",
+                    "continue_final_message needs a last message that ends with text.",
+                )
+            })?;
         last.push_str(CONTINUE_TAG);
-        cut_at_tag(template.render(variables(&messages, options)).map_err(fail)?)
+        cut_at_tag(
+            template
+                .render(variables(&messages, options))
+                .map_err(fail)?,
+        )
     }
 }
 
 fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
     let fixed = [
-        ("messages", JinjaValue::from_serialize(messages)),
-        ("tools", JinjaValue::from_serialize(options.tools)),
-        ("documents", JinjaValue::from_serialize(options.documents)),
-        ("add_generation_prompt", JinjaValue::from(options.add_generation_prompt)),
+        ("messages", JinjaValue::from(Serde(messages))),
+        ("tools", JinjaValue::from(Serde(options.tools))),
+        ("documents", JinjaValue::from(Serde(options.documents))),
+        (
+            "add_generation_prompt",
+            JinjaValue::from(options.add_generation_prompt),
+        ),
     ];
     let extra = options.kwargs.into_iter().flatten();
-    let extra = extra.map(|(name, value)| (name.as_str(), JinjaValue::from_serialize(value)));
+    let extra = extra.map(|(name, value)| (name.as_str(), JinjaValue::from(Serde(value))));
     fixed.into_iter().chain(extra).collect()
 }
 
@@ -159,10 +220,13 @@ fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
 fn last_text(content: &mut Value) -> Option<&mut String> {
     match content {
         Value::String(text) => Some(text),
-        Value::Array(parts) => parts.iter_mut().rev().find_map(|part| match part.get_mut("text") {
-            Some(Value::String(text)) => Some(text),
-            _ => None,
-        }),
+        Value::Array(parts) => parts
+            .iter_mut()
+            .rev()
+            .find_map(|part| match part.get_mut("text") {
+                Some(Value::String(text)) => Some(text),
+                _ => None,
+            }),
         _ => None,
     }
 }
@@ -187,24 +251,41 @@ fn cut_at_tag(mut prompt: String) -> Result<String, Error> {
 
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
+    // Fails on delimiters that contradict each other; these are the defaults.
+    if let Ok(syntax) = minijinja::syntax::SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+    {
+        environment.set_syntax(syntax);
+    }
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
-    environment.add_function("strftime_now", |format: String| -> Result<String, minijinja::Error> {
-        jiff::fmt::strtime::format(&format, &jiff::Zoned::now())
-            .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
-    });
+    environment.add_function(
+        "raise_exception",
+        |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        },
+    );
+    environment.add_function(
+        "strftime_now",
+        |format: String| -> Result<String, minijinja::Error> {
+            jiff::fmt::strtime::format(&format, &jiff::Zoned::now()).map_err(|e| {
+                minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}"))
+            })
+        },
+    );
     environment
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=...)` with Python's separators and no HTML escapes.
-fn tojson(value: JinjaValue, indent: Option<usize>, options: Kwargs) -> Result<String, minijinja::Error> {
+fn tojson(
+    value: JinjaValue,
+    indent: Option<usize>,
+    options: Kwargs,
+) -> Result<String, minijinja::Error> {
     let indent = match indent {
         Some(indent) => Some(indent),
         None => options.get::<Option<usize>>("indent")?,
@@ -213,7 +294,9 @@ fn tojson(value: JinjaValue, indent: Option<usize>, options: Kwargs) -> Result<S
     let _: Option<bool> = options.get("ensure_ascii")?;
     let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.assert_all_used()?;
-    let fail = |e: serde_json::Error| minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {e}"));
+    let fail = |e: serde_json::Error| {
+        minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {e}"))
+    };
     let mut value = serde_json::to_value(&value).map_err(fail)?;
     if sort_keys {
         value.sort_all_objects();
@@ -223,9 +306,17 @@ fn tojson(value: JinjaValue, indent: Option<usize>, options: Kwargs) -> Result<S
         Some(indent) => {
             let spaces = " ".repeat(indent.min(16));
             let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(fail)?;
+            value
+                .serialize(&mut serde_json::Serializer::with_formatter(
+                    &mut out, formatter,
+                ))
+                .map_err(fail)?;
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(fail)?,
+        None => value
+            .serialize(&mut serde_json::Serializer::with_formatter(
+                &mut out, Spaced,
+            ))
+            .map_err(fail)?,
     }
     Ok(String::from_utf8_lossy(&out).into_owned())
 }
@@ -234,15 +325,34 @@ fn tojson(value: JinjaValue, indent: Option<usize>, options: Kwargs) -> Result<S
 struct Spaced;
 
 impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first {
+            Ok(())
+        } else {
+            writer.write_all(b", ")
+        }
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first {
+            Ok(())
+        } else {
+            writer.write_all(b", ")
+        }
     }
 
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+    fn begin_object_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+    ) -> std::io::Result<()> {
         writer.write_all(b": ")
     }
 }
@@ -270,7 +380,9 @@ fn without_generation_blocks(source: &str) -> String {
 
 /// The message of `error` without the template's internals, and the line where it happened.
 fn describe(error: &minijinja::Error) -> String {
-    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let message = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), str::to_owned);
     match error.line() {
         Some(line) => format!("{message} (line {line} of the template)"),
         None => message,

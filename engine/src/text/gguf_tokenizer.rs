@@ -43,12 +43,23 @@ enum Step {
 const PRE_TOKENIZERS: &[PreTokenizer] = &[
     PreTokenizer {
         names: &["default"],
-        steps: &[Step::Regex(r"[\p{P}\$\+<=>\^~\|]+"), Step::Gpt2, Step::Regex(r"\p{N}+"), Step::Regex(r"[0-9][0-9][0-9]")],
+        steps: &[
+            Step::Regex(r"[\p{P}\$\+<=>\^~\|]+"),
+            Step::Gpt2,
+            Step::Regex(r"\p{N}+"),
+            Step::Regex(r"[0-9][0-9][0-9]"),
+        ],
         ignore_merges: false,
         nfc: false,
         add_bos: false,
     },
-    PreTokenizer { names: &["gpt-2"], steps: &[Step::Gpt2], ignore_merges: false, nfc: false, add_bos: false },
+    PreTokenizer {
+        names: &["gpt-2"],
+        steps: &[Step::Gpt2],
+        ignore_merges: false,
+        nfc: false,
+        add_bos: false,
+    },
     PreTokenizer {
         names: &["llama-bpe", "llama3", "llama-v3"],
         steps: &[Step::Regex(
@@ -67,12 +78,25 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
         nfc: true,
         add_bos: false,
     },
-    PreTokenizer { names: &["smollm"], steps: &[Step::Digits, Step::Gpt2], ignore_merges: false, nfc: false, add_bos: false },
+    PreTokenizer {
+        names: &["smollm"],
+        steps: &[Step::Digits, Step::Gpt2],
+        ignore_merges: false,
+        nfc: false,
+        add_bos: false,
+    },
 ];
 
 /// Control tokens that end a turn, beside those that the file names (as llama.cpp finds them).
-const END_OF_TURN: [&str; 7] =
-    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
+const END_OF_TURN: [&str; 7] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+];
 
 /// Token types of `tokenizer.ggml.token_type` (llama.cpp's `llama_token_type`).
 const TYPE_UNKNOWN: i64 = 2;
@@ -85,28 +109,55 @@ const TYPE_USER_DEFINED: i64 = 4;
 /// [`Error::Model`] naming the key that is missing or not supported.
 pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens), Error> {
     let model = gguf.string("tokenizer.ggml.model")?;
-    let model = model.ok_or_else(|| gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside"))?;
+    let model = model.ok_or_else(|| {
+        gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside")
+    })?;
     if model != "gpt2" {
-        return Err(gguf.error(format!("tokenizer model '{model}' is not supported; supported is 'gpt2' (byte-level BPE)")));
+        return Err(gguf.error(format!(
+            "tokenizer model '{model}' is not supported; supported is 'gpt2' (byte-level BPE)"
+        )));
     }
     let pre = pre_tokenizer(gguf)?;
-    let list = |key: &str| gguf.strings(key)?.ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")));
+    let list = |key: &str| {
+        gguf.strings(key)?
+            .ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")))
+    };
     let tokens = list("tokenizer.ggml.tokens")?;
-    let vocab: Vocab = tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect();
+    let vocab: Vocab = tokens
+        .iter()
+        .zip(0..)
+        .map(|(token, id)| ((*token).to_owned(), id))
+        .collect();
     let merges = list("tokenizer.ggml.merges")?.into_iter().map(|merge| {
         // The first space may be a character of the left part's own; a merge has at least one character a side.
-        let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(i, _)| i);
+        let cut = merge
+            .char_indices()
+            .skip(1)
+            .find(|(_, c)| *c == ' ')
+            .map(|(i, _)| i);
         cut.map(|i| (merge[..i].to_owned(), merge[i + 1..].to_owned()))
-            .ok_or_else(|| gguf.error(format!("'tokenizer.ggml.merges': '{merge}' is not two parts with a space between")))
+            .ok_or_else(|| {
+                gguf.error(format!(
+                    "'tokenizer.ggml.merges': '{merge}' is not two parts with a space between"
+                ))
+            })
     });
-    let bpe = BPE::builder().vocab_and_merges(vocab, merges.collect::<Result<_, _>>()?).ignore_merges(pre.ignore_merges);
-    let bpe = bpe.build().map_err(|e| gguf.error(format!("vocabulary and merges do not fit together: {e}")))?;
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges.collect::<Result<_, _>>()?)
+        .ignore_merges(pre.ignore_merges);
+    let bpe = bpe
+        .build()
+        .map_err(|e| gguf.error(format!("vocabulary and merges do not fit together: {e}")))?;
 
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
-    tokenizer.with_pre_tokenizer(Some(steps(pre).map_err(|e| gguf.error(format!("pre-tokenizer: {e}")))?));
+    tokenizer.with_pre_tokenizer(Some(
+        steps(pre).map_err(|e| gguf.error(format!("pre-tokenizer: {e}")))?,
+    ));
     tokenizer.with_decoder(Some(ByteLevel::default()));
     if pre.nfc {
-        tokenizer.with_normalizer(Some(NFC)).map_err(|e| gguf.error(format!("normalizer: {e}")))?;
+        tokenizer
+            .with_normalizer(Some(NFC))
+            .map_err(|e| gguf.error(format!("normalizer: {e}")))?;
     }
     let control = add_tokens(gguf, &mut tokenizer, &tokens)?;
     Ok((tokenizer, special_tokens(gguf, &tokens, &control, pre)?))
@@ -115,10 +166,20 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens
 fn pre_tokenizer(gguf: &Gguf) -> Result<&'static PreTokenizer, Error> {
     // Files made before the key existed are cut as llama.cpp cuts them.
     let name = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
-    PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
-        let supported: Vec<_> = PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).copied().collect();
-        gguf.error(format!("pre-tokenizer '{name}' is not supported; supported are {}", supported.join(", ")))
-    })
+    PRE_TOKENIZERS
+        .iter()
+        .find(|pre| pre.names.contains(&name))
+        .ok_or_else(|| {
+            let supported: Vec<_> = PRE_TOKENIZERS
+                .iter()
+                .flat_map(|pre| pre.names)
+                .copied()
+                .collect();
+            gguf.error(format!(
+                "pre-tokenizer '{name}' is not supported; supported are {}",
+                supported.join(", ")
+            ))
+        })
 }
 
 fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
@@ -129,9 +190,9 @@ fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
             Step::Digits => Digits::new(true).into(),
             Step::Regex(regex) => isolate(regex)?,
             // `ByteLevel` also turns bytes to characters, which later steps must not see.
-            Step::Gpt2 if i + 1 < pre.steps.len() => {
-                isolate(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")?
-            }
+            Step::Gpt2 if i + 1 < pre.steps.len() => isolate(
+                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+            )?,
             Step::Gpt2 => ByteLevel::new(false, true, true).into(),
         });
     }
@@ -142,12 +203,23 @@ fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
 }
 
 fn isolate(regex: &str) -> Result<PreTokenizerWrapper, tokenizers::Error> {
-    Ok(Split::new(SplitPattern::Regex(regex.to_owned()), SplitDelimiterBehavior::Isolated, false)?.into())
+    Ok(Split::new(
+        SplitPattern::Regex(regex.to_owned()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )?
+    .into())
 }
 
 /// Makes the tokens that are matched before byte-pair encoding; returns the ids of the control tokens.
-fn add_tokens(gguf: &Gguf, tokenizer: &mut tokenizers::Tokenizer, tokens: &[&str]) -> Result<Vec<u32>, Error> {
-    let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
+fn add_tokens(
+    gguf: &Gguf,
+    tokenizer: &mut tokenizers::Tokenizer,
+    tokens: &[&str],
+) -> Result<Vec<u32>, Error> {
+    let types = gguf
+        .integers("tokenizer.ggml.token_type")?
+        .unwrap_or_default();
     if !types.is_empty() && types.len() != tokens.len() {
         return Err(gguf.error(format!(
             "'tokenizer.ggml.token_type' has {} entries for {} tokens",
@@ -156,39 +228,75 @@ fn add_tokens(gguf: &Gguf, tokenizer: &mut tokenizers::Tokenizer, tokens: &[&str
         )));
     }
     let of_type = |wanted: &[i64]| {
-        let ids = types.iter().enumerate().filter(|(_, token_type)| wanted.contains(token_type));
-        ids.map(|(id, _)| id).filter(|&id| !tokens[id].is_empty()).collect::<Vec<usize>>()
+        let ids = types
+            .iter()
+            .enumerate()
+            .filter(|(_, token_type)| wanted.contains(token_type));
+        ids.map(|(id, _)| id)
+            .filter(|&id| !tokens[id].is_empty())
+            .collect::<Vec<usize>>()
     };
     let control = of_type(&[TYPE_UNKNOWN, TYPE_CONTROL]);
     let fail = |e: tokenizers::Error| gguf.error(format!("'tokenizer.ggml.token_type': {e}"));
-    tokenizer.add_special_tokens(control.iter().map(|&id| added_token(tokens[id], true))).map_err(fail)?;
+    tokenizer
+        .add_special_tokens(control.iter().map(|&id| added_token(tokens[id], true)))
+        .map_err(fail)?;
     let user_defined = of_type(&[TYPE_USER_DEFINED]);
-    tokenizer.add_tokens(user_defined.iter().map(|&id| added_token(tokens[id], false))).map_err(fail)?;
+    tokenizer
+        .add_tokens(
+            user_defined
+                .iter()
+                .map(|&id| added_token(tokens[id], false)),
+        )
+        .map_err(fail)?;
     Ok(control.iter().map(|&id| id as u32).collect())
 }
 
-fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], pre: &PreTokenizer) -> Result<SpecialTokens, Error> {
+fn special_tokens(
+    gguf: &Gguf,
+    tokens: &[&str],
+    control: &[u32],
+    pre: &PreTokenizer,
+) -> Result<SpecialTokens, Error> {
     let id_at = |key: &str| -> Result<Option<u32>, Error> {
         match gguf.integer(key)? {
-            Some(id) if id >= tokens.len() => {
-                Err(gguf.error(format!("'{key}' is {id}, but there are only {} tokens", tokens.len())))
-            }
+            Some(id) if id >= tokens.len() => Err(gguf.error(format!(
+                "'{key}' is {id}, but there are only {} tokens",
+                tokens.len()
+            ))),
             id => Ok(id.map(|id| id as u32)),
         }
     };
     let mut special = SpecialTokens {
         bos: id_at("tokenizer.ggml.bos_token_id")?,
-        add_bos: Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.add_bos)),
+        add_bos: Some(
+            gguf.bool("tokenizer.ggml.add_bos_token")?
+                .unwrap_or(pre.add_bos),
+        ),
         ..SpecialTokens::default()
     };
-    for (field, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")] {
+    for (field, key) in [
+        ("bos_token", "bos"),
+        ("eos_token", "eos"),
+        ("unk_token", "unknown"),
+        ("pad_token", "padding"),
+    ] {
         if let Some(id) = id_at(&format!("tokenizer.ggml.{key}_token_id"))? {
-            special.texts.insert(field.to_owned(), tokens[id as usize].to_owned());
+            special
+                .texts
+                .insert(field.to_owned(), tokens[id as usize].to_owned());
         }
     }
     let named = ["eos", "eot", "eom"].map(|key| id_at(&format!("tokenizer.ggml.{key}_token_id")));
-    let named = named.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten();
-    let found = control.iter().copied().filter(|&id| END_OF_TURN.contains(&tokens[id as usize]));
+    let named = named
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .flatten();
+    let found = control
+        .iter()
+        .copied()
+        .filter(|&id| END_OF_TURN.contains(&tokens[id as usize]));
     for id in named.chain(found) {
         if !special.eos.contains(&id) {
             special.eos.push(id);

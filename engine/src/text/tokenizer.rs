@@ -16,7 +16,14 @@ use super::{
 use crate::{Error, weights::gguf::Gguf};
 
 /// Names of special tokens in tokenizer_config.json that chat templates may use.
-const SPECIAL_TOKEN_FIELDS: [&str; 6] = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"];
+const SPECIAL_TOKEN_FIELDS: [&str; 6] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+];
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -89,7 +96,10 @@ impl Tokenizer {
         let bytes = (0..=255u8).map(|byte| (char_of_byte(byte).to_string(), u32::from(byte)));
         let words = (256..vocab_size as u32).map(|id| (format!("{}w{id}", char_of_byte(b' ')), id));
         let vocab: Vocab = bytes.chain(words).collect();
-        let model = BPE::builder().vocab_and_merges(vocab, Vec::new()).build().map_err(|e| fail(e.to_string()))?;
+        let model = BPE::builder()
+            .vocab_and_merges(vocab, Vec::new())
+            .build()
+            .map_err(|e| fail(e.to_string()))?;
         let mut tokenizer = tokenizers::Tokenizer::new(model);
         tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, false, false)));
         tokenizer.with_decoder(Some(ByteLevel::default()));
@@ -108,13 +118,32 @@ impl Tokenizer {
         let vocab = parsing.get_vocab(true);
         let n_tokens = vocab.values().max().map_or(0, |&id| id as usize + 1);
         let is_special = |id: u32| added.get(&id).is_some_and(|token| token.special);
-        let table = TokenTable::new(n_tokens, vocab.into_iter().map(|(token, id)| (id, token, is_special(id))), spelling);
+        let table = TokenTable::new(
+            n_tokens,
+            vocab
+                .into_iter()
+                .map(|(token, id)| (id, token, is_special(id))),
+            spelling,
+        );
         let mut plain = parsing.clone();
         plain.set_encode_special_tokens(true);
-        let mut tokenizer = Self { parsing, plain, table: Arc::new(table), prefix: None, special };
+        let mut tokenizer = Self {
+            parsing,
+            plain,
+            table: Arc::new(table),
+            prefix: None,
+            special,
+        };
         if tokenizer.special.add_bos == Some(true) {
-            let begins_with = tokenizer.encode("a", true).map_err(|e| e.to_string())?.first().copied();
-            tokenizer.prefix = tokenizer.special.bos.filter(|&bos| begins_with != Some(bos));
+            let begins_with = tokenizer
+                .encode("a", true)
+                .map_err(|e| e.to_string())?
+                .first()
+                .copied();
+            tokenizer.prefix = tokenizer
+                .special
+                .bos
+                .filter(|&bos| begins_with != Some(bos));
         }
         Ok(tokenizer)
     }
@@ -146,8 +175,13 @@ impl Tokenizer {
     /// # Errors
     /// None now; the signature allows for decoders that can fail.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error> {
-        let shown = ids.iter().filter(|&&id| !(skip_special_tokens && self.table.is_special(id)));
-        let bytes: Vec<u8> = shown.flat_map(|&id| self.table.bytes(id)).copied().collect();
+        let shown = ids
+            .iter()
+            .filter(|&&id| !(skip_special_tokens && self.table.is_special(id)));
+        let bytes: Vec<u8> = shown
+            .flat_map(|&id| self.table.bytes(id))
+            .copied()
+            .collect();
         let bytes = match bytes.strip_prefix(b" ") {
             Some(rest) if self.table.strips_first_space => rest,
             _ => &bytes,
@@ -200,26 +234,45 @@ impl Tokenizer {
     }
 }
 
-fn encode(tokenizer: &tokenizers::Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
+fn encode(
+    tokenizer: &tokenizers::Tokenizer,
+    text: &str,
+    add_special_tokens: bool,
+) -> Result<Vec<u32>, Error> {
     let encoding = tokenizer.encode_fast(text, add_special_tokens);
-    let encoding = encoding.map_err(|e| Error::invalid("prompt", format!("the prompt cannot be tokenized: {e}")))?;
+    let encoding = encoding
+        .map_err(|e| Error::invalid("prompt", format!("the prompt cannot be tokenized: {e}")))?;
     Ok(encoding.get_ids().to_vec())
 }
 
 /// Special tokens by tokenizer_config.json, else special_tokens_map.json.
-fn special_tokens_of_folder(folder: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<SpecialTokens, Error> {
-    let files = ["tokenizer_config.json", "special_tokens_map.json"].map(|name| read_json(&folder.join(name)));
+fn special_tokens_of_folder(
+    folder: &Path,
+    tokenizer: &tokenizers::Tokenizer,
+) -> Result<SpecialTokens, Error> {
+    let files = ["tokenizer_config.json", "special_tokens_map.json"]
+        .map(|name| read_json(&folder.join(name)));
     let [config, map] = files;
     let (config, map) = (config?.unwrap_or_default(), map?.unwrap_or_default());
-    let mut special = SpecialTokens { add_bos: config["add_bos_token"].as_bool(), ..SpecialTokens::default() };
+    let mut special = SpecialTokens {
+        add_bos: config["add_bos_token"].as_bool(),
+        ..SpecialTokens::default()
+    };
     for field in SPECIAL_TOKEN_FIELDS {
         // A token is a string or an object with its `content`.
-        let text = [&config, &map].into_iter().find_map(|file| file[field].as_str().or(file[field]["content"].as_str()));
+        let text = [&config, &map]
+            .into_iter()
+            .find_map(|file| file[field].as_str().or(file[field]["content"].as_str()));
         if let Some(text) = text {
             special.texts.insert(field.to_owned(), text.to_owned());
         }
     }
-    let id_of = |field: &str| special.texts.get(field).and_then(|text| tokenizer.token_to_id(text));
+    let id_of = |field: &str| {
+        special
+            .texts
+            .get(field)
+            .and_then(|text| tokenizer.token_to_id(text))
+    };
     let (bos, eos) = (id_of("bos_token"), id_of("eos_token"));
     special.bos = bos;
     special.eos.extend(eos);
@@ -231,8 +284,11 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     if !path.is_file() {
         return Ok(None);
     }
-    let text = std::fs::read(path).map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
-    serde_json::from_slice(&text).map(Some).map_err(|e| Error::model(path, format!("not valid JSON: {e}")))
+    let text = std::fs::read(path)
+        .map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|e| Error::model(path, format!("not valid JSON: {e}")))
 }
 
 /// A token that is matched in the text as it is written.

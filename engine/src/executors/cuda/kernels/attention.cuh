@@ -1,33 +1,11 @@
-// The PTX instructions that the attention and sampling kernels use, one thin function each.
+// Tensor core, register and cluster instructions for the decode attention and sampling kernels, one function each.
 #pragma once
+#include "common.cuh"
 
-typedef unsigned int u32;
+typedef unsigned u32;
 typedef unsigned long long u64;
-typedef unsigned short bf16;  // raw bits; arithmetic is in float32
 
 #define DEVICE static __device__ __forceinline__
-
-// Programmatic dependent launch: wait for the kernels before this one; let the next one start.
-#ifndef PDL_WAIT
-#if __CUDA_ARCH__ >= 900
-#define PDL_WAIT() asm volatile("griddepcontrol.wait;" ::: "memory")
-#define PDL_TRIGGER() asm volatile("griddepcontrol.launch_dependents;" :::)
-#else
-#define PDL_WAIT()
-#define PDL_TRIGGER()
-#endif
-#endif
-
-DEVICE float bf16_to_float(bf16 x) { return __uint_as_float((u32)x << 16); }
-DEVICE float bf16x2_low(u32 x) { return __uint_as_float(x << 16); }
-DEVICE float bf16x2_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
-
-// Two floats to bf16x2, round to nearest even; `low` in the low half.
-DEVICE u32 pack_bf16x2(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
 
 // 2^x; 2^-inf is 0.
 DEVICE float exp2_approx(float x) {

@@ -49,7 +49,6 @@
 #define CLUSTER_DIMS
 #endif
 
-#define PAGE 16
 #define THREADS (32 * WARPS)
 #define HEAD_TILES ((GROUP + 7) / 8)
 #define HEADS (GROUP < 8 ? GROUP : 8)
@@ -175,7 +174,7 @@ DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VE
   for (int c = 0; c < 2; c++) {
     float m = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
 #pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, mask));
+    for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, mask));
     float rescale = exp2_approx(state.max[c] - m);
     state.max[c] = m;
     s[c] = exp2_approx(s[c] - m);
@@ -184,8 +183,8 @@ DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VE
 #pragma unroll
     for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
   }
-  p[0] = transpose_8x8(pack_bf16x2(s[0], s[1]));
-  p[1] = transpose_8x8(pack_bf16x2(s[2], s[3]));
+  p[0] = transpose_8x8(pack_bf16(s[0], s[1]));
+  p[1] = transpose_8x8(pack_bf16(s[2], s[3]));
 }
 
 DEVICE void accumulate_page(Softmax& state, const Page& page, const u32 (&p)[2]) {
@@ -216,7 +215,7 @@ DEVICE int n_heads() { return min(HEADS, GROUP - (int)(blockIdx.y % HEAD_TILES) 
 DEVICE u32 add_bias(u32 x, const bf16* bias, int column) {
   if (!bias) return x;
   u32 b = *(const u32*)(bias + column);
-  return pack_bf16x2(bf16x2_low(x) + bf16x2_low(b), bf16x2_high(x) + bf16x2_high(b));
+  return pack_bf16(bf16_low(x) + bf16_low(b), bf16_high(x) + bf16_high(b));
 }
 
 // Rotates this block's q heads and its k head into shared memory and puts v beside them (whole block).
@@ -235,9 +234,9 @@ DEVICE void rotate_new_token(SharedState& shared, const Inputs& in, int context_
     u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), in.qkv_bias, column + d + HEAD_DIM / 2);
     float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
     bf16* to = is_k ? shared.k : shared.q[head];
-    *(u32*)(to + d) = pack_bf16x2(bf16x2_low(a) * c.x - bf16x2_low(b) * s.x, bf16x2_high(a) * c.y - bf16x2_high(b) * s.y);
+    *(u32*)(to + d) = pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y);
     *(u32*)(to + d + HEAD_DIM / 2) =
-        pack_bf16x2(bf16x2_low(b) * c.x + bf16x2_low(a) * s.x, bf16x2_high(b) * c.y + bf16x2_high(a) * s.y);
+        pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y);
   }
   for (int i = threadIdx.x; i < HEAD_DIM / 2; i += THREADS)
     *(u32*)(shared.v + 2 * i) = add_bias(*(const u32*)(row + v_column + 2 * i), in.qkv_bias, v_column + 2 * i);
@@ -274,7 +273,7 @@ DEVICE float4 merge_warps(const SharedState& shared, int n_warps, int i, float2&
 DEVICE void store_out(const Inputs& in, int i, float4 acc, float sum) {
   int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
   float inv = 1.f / sum;
-  uint2 packed = make_uint2(pack_bf16x2(acc.x * inv, acc.y * inv), pack_bf16x2(acc.z * inv, acc.w * inv));
+  uint2 packed = make_uint2(pack_bf16(acc.x * inv, acc.y * inv), pack_bf16(acc.z * inv, acc.w * inv));
   *(uint2*)(in.out + ((size_t)blockIdx.z * n_kv_heads() * GROUP + first_head() + head) * HEAD_DIM + d) = packed;
 }
 
@@ -385,7 +384,7 @@ struct PageQueue {
   // Element offset of the i-th page's part of this kv head. Called for i = 0, 1, 2, ... by the whole warp.
   __device__ __forceinline__ size_t offset(int i) {
     if (i % 32 == 0) refill(i);
-    size_t page = __shfl_sync(0xffffffff, queued, i % 32);
+    size_t page = __shfl_sync(FULL_WARP, queued, i % 32);
     return (page * n_kv_heads() + kv_head()) * (PAGE * HEAD_DIM);
   }
 };
@@ -457,7 +456,7 @@ DEVICE void attend(const Inputs& in) {
     for (int c = 0; c < 2; c++) {
       int head = lane_member() * 2 + c;
 #pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) state.sum[c] += __shfl_xor_sync(0xffffffff, state.sum[c], mask);
+      for (int mask = 4; mask < 32; mask *= 2) state.sum[c] += __shfl_xor_sync(FULL_WARP, state.sum[c], mask);
       if (head >= n_heads()) continue;
       if (lane_group() == 0) shared.max_sum[warp][head] = make_float2(state.max[c], state.sum[c]);
 #pragma unroll

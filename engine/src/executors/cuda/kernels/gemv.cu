@@ -11,25 +11,27 @@
 //
 // Matrix-vector products of the decode step for 1 to 8 * BATCH_TILES rows, bound by the reading of the weights.
 // Four entries, each compiled where its macro is set, K (in features, a multiple of 8) being a macro too:
-//   GEMV_NORM      gemv_norm      out bf16 [n_rows, N] = rmsnorm(x) W^T + bias                                 (qkv)
-//   GEMV_RESIDUAL  gemv_residual  x float32 [n_rows, N] += in W^T, in bf16 [n_rows, K]                   (o, down)
-//   GEMV_GATE_UP   gemv_gate_up   act bf16 [n_rows, I] = silu(g) * u, (g, u) = rmsnorm(x) W^T, W bf16 [2I, K]: g, then u
-//   GEMV_LOGITS    gemv_logits    logits float32 [n_rows, N] = rmsnorm(x[rows]) W^T                        (lm_head)
+//   GEMV_NORM      gemv_norm      out bf16 [n_rows, N] = rmsnorm(x) W^T + bias  (qkv)
+//   GEMV_RESIDUAL  gemv_residual  x float32 [n_rows, N] += in W^T, in bf16 [n_rows, K]  (o, down)
+//   GEMV_GATE_UP   gemv_gate_up   act bf16 [n_rows, I] = silu(g) * u, (g, u) = rmsnorm(x) W^T, W [2I, K]: gate, then up
+//   GEMV_LOGITS    gemv_logits    logits float32 [n_rows, N] = rmsnorm(x[rows]) W^T  (lm_head)
 // W bf16 [N, K], x float32 [*, K], norm weights bf16 [K], bias bf16 [N] or null, rows int32 [n_rows] or null.
 //
 // A block is persistent: it walks tiles of 16 * ROW_TILES weight rows, blockIdx.x first, then steps of the grid. WARPS_K
-// warps share a tile's K; each streams its units (KCHUNKS 16-byte chunks of every row) through a ring of STAGES slots in
-// shared memory by cp.async, across tile boundaries, so that loads stay in flight through reductions and epilogues, and,
-// under programmatic dependent launch, fill the ring before the kernel that makes the input has finished.
+// warps share a tile's K; each streams its units (KCHUNKS 16-byte chunks of every row) through a ring of STAGES slots
+// in shared memory by cp.async, across tile boundaries, so that loads stay in flight through reductions and epilogues
+// and, under programmatic dependent launch, fill the ring before the kernel that makes the input has finished.
 // Products run on the tensor cores (m16n8k16): weights are the 16-row operand and the batch is the 8 columns, so that
-// 1 to 8 rows cost the same. K may be permuted freely as long as both operands agree: a lane takes 16 contiguous bytes of
-// a weight row, which serve two mma.
+// 1 to 8 rows cost the same. K may be permuted freely as long as both operands agree: a lane takes 16 contiguous bytes
+// of a weight row, which serve two mma.
 // RMSNorm needs no pass of its own: the operand is bf16(x * norm weight); the sum of squares is gathered on the way and
 // 1 / rms, a scalar of the row, is applied to the sums.
 //
 // Grid: min(tiles, a small multiple of the multiprocessor count), tiles = ceil(N / (16 * ROW_TILES) / (WARPS / WARPS_K)).
 // Block: WARPS * 32. Dynamic shared memory in bytes:
 //   WARPS * (STAGES * ROW_TILES * KCHUNKS * 256 + 32 * BATCH_TILES + 128 * ROW_TILES * n_rows)
+// Set the preferred shared-memory carveout to 100 % on this and on every kernel beside it in the step: a multiprocessor
+// must drain to change its carveout, which would undo dependent launch.
 #include "common.cuh"
 
 #ifndef WARPS
@@ -134,7 +136,8 @@ __device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, uns
 
 __device__ __forceinline__ bf16x8 load_shared(unsigned address) {
     bf16x8 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
     return v;
 }
 
@@ -191,9 +194,10 @@ struct WeightStream {
     }
 };
 
-// sums[group's tile] -> out. `Output::store(row or pair, n, sum..)` is called once for each result.
+// The whole kernel. Calls `output.store(row, n, sum, up)` once for each result; `up` is the paired row's sum if GATED.
 template <class Input, class Output>
-__device__ __forceinline__ void gemv(const bf16* weights, int n_out, int n_rows, const Input& input, const Output& output) {
+__device__ __forceinline__ void gemv(const bf16* weights, int n_out, int n_rows, const Input& input,
+                                     const Output& output) {
     constexpr bool GATED = Output::GATED;
     constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -227,7 +231,7 @@ __device__ __forceinline__ void gemv(const bf16* weights, int n_out, int n_rows,
         float sum[ROW_TILES][BATCH_TILES][4] = {};
         const auto consume = [&](int unit, const Columns& c) {
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-            __syncwarp();      // the other lanes' copies of this unit have landed too, and the last unit is read
+            __syncwarp();    // the other lanes' copies of this unit have landed too, and the last unit is read
             stream.issue();  // into the slot of the last unit
             if (unit * WARPS_K + in_group < UNITS) {
                 const unsigned from = ring + slot * UNIT_BYTES + lane_source;

@@ -32,7 +32,6 @@ typedef unsigned short bf16_bits;
 constexpr int PAGE = 16;
 constexpr int TILE_M = 128;
 constexpr int TILE_N = 64;
-constexpr int N_WARPS = 4;
 constexpr int CHUNKS = HEAD_DIM / 8;                       // 16-byte chunks of a row
 constexpr int ROW_CHUNKS = HEAD_DIM <= 64 ? 8 : 16;        // a power of two, for the XOR swizzle
 constexpr int ROW_BYTES = ROW_CHUNKS * 16;
@@ -84,7 +83,7 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
                  : "memory");
 }
 __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -165,13 +164,10 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
     const float scale_log2 = scale * 1.4426950408889634f;
     // A warp with no live row only helps to load. Rows of this thread: warp * 32 + 16 m + 8 h + lane / 4.
     const bool active = tile_row + warp * 32 < n_rows;
-    int row_pos[2][2];
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            row_pos[m][h] =
-                context - q_len + min(tile_row + warp * 32 + m * 16 + h * 8 + lane / 4, n_rows - 1) / GROUP;
+    // chunk_offset of a lane at step k is that of step 0 with k * 32 flipped in, rows being ROW_BYTES apart.
+    const unsigned q_addr = smem_base + chunk_offset(warp * 32 + (lane & 15), lane >> 4);
+    const unsigned k_addr = smem_base + K_OFFSET + chunk_offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+    const unsigned v_addr = smem_base + V_OFFSET + chunk_offset(lane & 15, lane >> 4);
     const int warp_first_pos = context - q_len + min(tile_row + warp * 32, n_rows - 1) / GROUP;
     const int warp_last_pos = context - q_len + min(tile_row + warp * 32 + 31, n_rows - 1) / GROUP;
 
@@ -204,12 +200,11 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
                 unsigned q[2][4];
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    load_matrices(q[m], smem_base + chunk_offset(warp * 32 + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+                    load_matrices(q[m], (q_addr ^ (k * 32)) + m * 16 * ROW_BYTES);
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; j += 2) {
                     unsigned b[4];
-                    load_matrices(b, smem_base + K_OFFSET +
-                                         chunk_offset(j * 8 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
+                    load_matrices(b, (k_addr ^ (k * 32)) + j * 8 * ROW_BYTES);
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
                         mma(s[m][j], q[m], b[0], b[1]);
@@ -228,12 +223,18 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
 #pragma unroll
             for (int m = 0; m < 2; ++m)
 #pragma unroll
-                for (int j = 0; j < N_BLOCKS; ++j)
+                for (int h = 0; h < 2; ++h) {
+                    const int row = min(tile_row + warp * 32 + m * 16 + h * 8 + lane / 4, n_rows - 1);
+                    const int pos = context - q_len + row / GROUP;
+                    const int oldest = window > 0 ? pos - window : -1;
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int col = col0 + j * 8 + (e & 1), pos = row_pos[m][e >> 1];
-                        if (col > pos || (window > 0 && col <= pos - window)) s[m][j][e] = NEG_INF;
-                    }
+                    for (int j = 0; j < N_BLOCKS; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const int col = col0 + j * 8 + e;
+                            if (col > pos || col <= oldest) s[m][j][2 * h + e] = NEG_INF;
+                        }
+                }
         }
 
         unsigned p[2][N_BLOCKS][2];
@@ -279,7 +280,7 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
 #pragma unroll
             for (int d = 0; d < D_BLOCKS; d += 2) {
                 unsigned b[4];
-                load_matrices_transposed(b, smem_base + V_OFFSET + chunk_offset(k * 16 + (lane & 15), d + (lane >> 4)));
+                load_matrices_transposed(b, (v_addr ^ (d * 16)) + k * 16 * ROW_BYTES);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     mma(o[m][d], a[m], b[0], b[1]);

@@ -1,0 +1,465 @@
+// variant: prefill_attention_sm90 HEAD_DIM=128 GROUP=4
+// variant: prefill_attention_sm90 HEAD_DIM=64 GROUP=7
+// variant: prefill_attention_sm90 HEAD_DIM=64 GROUP=3
+// variant: prefill_attention_sm90 HEAD_DIM=96 GROUP=1
+//
+// prefill_attention.cu for Hopper (sm_90a only): same inputs, rows, tiles and result; wgmma, tensor
+// memory access and warp specialisation in its place. See there for shapes and the packing of rows.
+//
+// Further parameters
+//   k_map, v_map  tensor maps over the caches seen as bf16 [n_pages * n_kv * 16, HEAD_DIM], box 64 columns x
+//                 16 rows, SWIZZLE_128B, zero fill out of bounds
+//   tiles         int2 [n_tiles] (sequence, first row), longest context first
+//
+// Grid: min(n_tiles * n_kv, multiprocessors) persistent blocks, which share the tiles out in snake order
+// (0 1 2, 2 1 0, ...), so that with the longest first every block gets about the same work.
+// Block: (N_CONSUMERS + 1) * 128 threads. Dynamic shared memory: 1024 + (N_CONSUMERS * 64 + 2 * STAGES * 128)
+// * ROW_BYTES + 256, ROW_BYTES being 128 for HEAD_DIM 64 and 256 for 96 and 128.
+//
+// FlashAttention-3 (Shah et al., 2024): the producer warpgroup brings K and V tiles of 128 tokens page by page
+// (one warp) and q (the other three); each consumer warpgroup owns 64 rows, runs QK^T of the next tile while
+// the tensor cores do PV of this one, and with PINGPONG takes turns at the tensor cores with its
+// neighbour, so that one's softmax runs under the other's products.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef N_CONSUMERS
+#define N_CONSUMERS 2
+#endif
+#ifndef PINGPONG
+#define PINGPONG 1
+#endif
+
+typedef unsigned short bf16_bits;
+typedef unsigned long long u64;
+
+/// What cuTensorMapEncodeTiled fills in (CUtensorMap of cuda.h, which NVRTC does not bring).
+struct __align__(64) TensorMap {
+    u64 opaque[16];
+};
+
+constexpr int PAGE = 16;
+constexpr int TILE_M = N_CONSUMERS * 64;
+constexpr int TILE_N = 128;
+constexpr int SLABS = HEAD_DIM <= 64 ? 1 : 2;  // 64 columns each: the width of the 128-byte swizzle
+constexpr int D_PADDED = SLABS * 64;           // columns from HEAD_DIM on are zeros
+constexpr int CHUNKS = HEAD_DIM / 8;
+constexpr int Q_SLAB_BYTES = TILE_M * 128;
+constexpr int KV_SLAB_BYTES = TILE_N * 128;
+constexpr int KV_TILE_BYTES = SLABS * KV_SLAB_BYTES;
+constexpr int K_OFFSET = SLABS * Q_SLAB_BYTES;
+constexpr int V_OFFSET = K_OFFSET + STAGES * KV_TILE_BYTES;
+constexpr int BARRIER_OFFSET = V_OFFSET + STAGES * KV_TILE_BYTES;
+constexpr int Q_LOADERS = 96;
+constexpr int PRODUCER_REGS = 32;
+constexpr int CONSUMER_REGS = N_CONSUMERS == 2 ? 240 : 160;
+constexpr float NEG_INF = -__builtin_huge_valf();
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128, "HEAD_DIM must be 64, 96 or 128");
+static_assert(N_CONSUMERS == 2 || N_CONSUMERS == 3, "N_CONSUMERS must be 2 or 3");
+
+// Barriers, 8 bytes each.
+constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES,
+              V_EMPTY = V_FULL + STAGES, N_BARRIERS = V_EMPTY + STAGES;
+// Named barriers (0 is __syncthreads): a warpgroup's turn at the tensor cores, and its own meeting point.
+constexpr int TURN = 1, MEETING = TURN + N_CONSUMERS;
+
+__device__ __forceinline__ void mbarrier_init(unsigned bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(unsigned bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void mbarrier_expect(unsigned bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(unsigned bar, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "bra AGAIN;\n"
+        "DONE:\n}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void named_sync(int id, int n) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int n) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void load_box(unsigned dst, const TensorMap* map, int column, int row, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            dst),
+        "l"(map), "r"(column), "r"(row), "r"(bar)
+        : "memory");
+}
+
+/// wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
+/// (read only for the transposed operand, whose columns run over slabs).
+__device__ __forceinline__ u64 descriptor(unsigned addr, unsigned slab_bytes) {
+    return (u64)((addr & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+#define ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC16(d, i) ACC4(d, i), ACC4(d, i + 4), ACC4(d, i + 8), ACC4(d, i + 12)
+#define ACC32(d) ACC16(d, 0), ACC16(d, 16)
+#define ACC64(d) ACC16(d, 0), ACC16(d, 16), ACC16(d, 32), ACC16(d, 48)
+#define REGS32                                                                                   \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGS64                                                                                        \
+    REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+           "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+/// s[64 x 128] (+)= q[64 x 16] k[128 x 16]^T, both from shared memory.
+__device__ __forceinline__ void wgmma_qk(float (&s)[64], u64 q, u64 k, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGS64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : ACC64(s)
+        : "l"(q), "l"(k), "r"(accumulate));
+}
+/// o[64 x 128] += p[64 x 16] v[16 x 128], p from registers.
+__device__ __forceinline__ void wgmma_pv(float (&o)[64], const unsigned* p, u64 v) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGS64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+        : ACC64(o)
+        : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
+}
+/// o[64 x 64] += p[64 x 16] v[16 x 64].
+__device__ __forceinline__ void wgmma_pv(float (&o)[32], const unsigned* p, u64 v) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGS32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+        : ACC32(o)
+        : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+/// One block's share of the work and the ranges a tile needs.
+struct Tile {
+    int kv_head, seq, row, n_rows, q_begin, first_query_pos;  // row: of the sequence; pos of its row 0
+    int kv_end, n_first, n_last;                              // tokens read, kv tiles read
+
+    /// False when tile number `round` of this block does not exist or is empty; `done` tells which.
+    __device__ __forceinline__ bool read(int round, const int2* tiles, int n_tiles, int n_kv, const int* cu_seqlens_q,
+                                         const int* context_lens, int window, bool& done) {
+        const int lane = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+        const int idx = round * gridDim.x + lane;
+        done = round * (int)gridDim.x >= n_tiles * n_kv;
+        if (idx >= n_tiles * n_kv) return false;
+        const int2 tile = tiles[idx / n_kv];
+        kv_head = idx % n_kv;
+        seq = tile.x;
+        row = tile.y;
+        q_begin = cu_seqlens_q[seq];
+        const int q_len = cu_seqlens_q[seq + 1] - q_begin;
+        n_rows = q_len * GROUP;
+        first_query_pos = context_lens[seq] - q_len;
+        if (row >= n_rows || first_query_pos < 0) return false;
+        kv_end = first_query_pos + (min(row + TILE_M, n_rows) - 1) / GROUP + 1;
+        const int kv_begin = window > 0 ? max(0, first_query_pos + row / GROUP - window + 1) : 0;
+        n_first = kv_begin / TILE_N;
+        n_last = (kv_end - 1) / TILE_N;
+        return true;
+    }
+};
+
+/// The rows of one consumer thread and their softmax state (rows lane / 4 and lane / 4 + 8 of its warp's 16).
+struct Softmax {
+    float top[2], sum[2], decay[2];
+
+    /// Masked scores to probabilities; `decay` is what the output so far is to be scaled by.
+    __device__ __forceinline__ void step(float (&s)[64], float scale_log2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float m = top[h];
+#pragma unroll
+            for (int j = 0; j < 16; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+            // A row that has seen no key yet keeps -inf; 0 in its place keeps exp2 free of NaN.
+            const float m_scaled = m == NEG_INF ? 0.f : m * scale_log2;
+            decay[h] = exp2_fast(top[h] * scale_log2 - m_scaled);
+            top[h] = m;
+            float a = 0.f, b = 0.f;
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+                s[4 * j + 2 * h] = exp2_fast(s[4 * j + 2 * h] * scale_log2 - m_scaled);
+                s[4 * j + 2 * h + 1] = exp2_fast(s[4 * j + 2 * h + 1] * scale_log2 - m_scaled);
+                a += s[4 * j + 2 * h];
+                b += s[4 * j + 2 * h + 1];
+            }
+            sum[h] = sum[h] * decay[h] + (a + b);
+        }
+    }
+};
+
+/// Scores of keys that the rows at positions pos[0], pos[1] may not see become -inf.
+__device__ __forceinline__ void mask(float (&s)[64], int column, const int (&pos)[2], int window) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int newest = pos[h] - column, oldest = window > 0 ? newest - window : -TILE_N;
+#pragma unroll
+        for (int j = 0; j < 16; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (8 * j + e > newest || 8 * j + e <= oldest) s[4 * j + 2 * h + e] = NEG_INF;
+    }
+}
+
+/// Probabilities as the A operand of PV: the accumulator layout of two 8-column blocks is that of one k step.
+__device__ __forceinline__ void to_bf16(unsigned (&p)[32], const float (&s)[64]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+}
+
+__device__ __forceinline__ void issue_qk(float (&s)[64], unsigned q, unsigned k) {
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step)
+        wgmma_qk(s, descriptor(q + step / 4 * Q_SLAB_BYTES + step % 4 * 32, 16),
+                 descriptor(k + step / 4 * KV_SLAB_BYTES + step % 4 * 32, 16), step > 0);
+    wgmma_commit();
+}
+__device__ __forceinline__ void issue_pv(float (&o)[D_PADDED / 2], const unsigned (&p)[32], unsigned v) {
+#pragma unroll
+    for (int step = 0; step < TILE_N / 16; ++step)
+        wgmma_pv(o, p + 4 * step, descriptor(v + step * 16 * 128, KV_SLAB_BYTES));
+    wgmma_commit();
+}
+
+/// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what a page
+/// holds there (or no load has written) may be NaN. Called by all of a warpgroup.
+__device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, int warpgroup) {
+    for (int i = n_valid * 8 + thread; i < TILE_N * 8; i += 128)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + slab * KV_SLAB_BYTES + i * 16), "r"(0)
+                         : "memory");
+    fence_async_proxy();
+    named_sync(MEETING + warpgroup, 128);
+}
+
+extern "C" __global__ void __launch_bounds__((N_CONSUMERS + 1) * 128, 1)
+prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                       const bf16_bits* __restrict__ qkv, bf16_bits* __restrict__ out,
+                       const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
+                       const int* __restrict__ block_tables, int block_table_stride, const int2* __restrict__ tiles,
+                       int n_tiles, int n_kv, float scale, int window) {
+    extern __shared__ unsigned char smem_raw[];
+    const unsigned smem = ((unsigned)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
+    const unsigned bars = smem + BARRIER_OFFSET;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+    const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+#define BAR(i) (bars + 8 * (i))
+
+    if (threadIdx.x == 0) {
+        mbarrier_init(BAR(Q_FULL), Q_LOADERS);
+        mbarrier_init(BAR(Q_EMPTY), N_CONSUMERS * 4);
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(BAR(K_FULL + i), 1);
+            mbarrier_init(BAR(V_FULL + i), 1);
+            mbarrier_init(BAR(K_EMPTY + i), N_CONSUMERS * 4);
+            mbarrier_init(BAR(V_EMPTY + i), N_CONSUMERS * 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+
+    Tile tile;
+    bool done = false;
+    if (warpgroup == N_CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
+        if (warp == 0) {
+            int stage = 0, phase = 0;
+            for (int round = 0; !done; ++round) {
+                if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
+                const int* block_table = block_tables + (long long)tile.seq * block_table_stride;
+                const int n_pages = (tile.kv_end + PAGE - 1) / PAGE;
+                // Lanes 0 to 7 each bring one page of K and of V; the ids of the next tile are read ahead.
+                int page = 0;
+                if (lane < 8 && tile.n_last * 8 + lane < n_pages) page = block_table[tile.n_last * 8 + lane];
+                for (int n = tile.n_last; n >= tile.n_first; --n) {
+                    const int row = (page * n_kv + tile.kv_head) * PAGE;
+                    const int n_loads = min(8, n_pages - n * 8);
+                    if (lane < 8 && n > tile.n_first) page = block_table[(n - 1) * 8 + lane];
+#pragma unroll
+                    for (int which = 0; which < 2; ++which) {
+                        const unsigned full = BAR((which ? V_FULL : K_FULL) + stage);
+                        mbarrier_wait(BAR((which ? V_EMPTY : K_EMPTY) + stage), phase ^ 1);
+                        if (lane == 0) mbarrier_expect(full, n_loads * PAGE * 128 * SLABS);
+                        __syncwarp();
+                        const unsigned dst =
+                            smem + (which ? V_OFFSET : K_OFFSET) + stage * KV_TILE_BYTES + lane * PAGE * 128;
+                        if (lane < n_loads)
+#pragma unroll
+                            for (int slab = 0; slab < SLABS; ++slab)
+                                load_box(dst + slab * KV_SLAB_BYTES, which ? &v_map : &k_map, slab * 64, row, full);
+                        __syncwarp();
+                    }
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+            }
+        } else {
+            int phase = 0;
+            const long long stride = (long long)(n_kv * GROUP + 2 * n_kv) * HEAD_DIM;
+            for (int round = 0; !done; ++round) {
+                if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
+                mbarrier_wait(BAR(Q_EMPTY), phase ^ 1);
+#pragma unroll 4
+                for (int i = thread - 32; i < TILE_M * CHUNKS; i += Q_LOADERS) {
+                    const int row = i / CHUNKS, chunk = i % CHUNKS;
+                    const int r = min(tile.row + row, tile.n_rows - 1);
+                    const bf16_bits* src = qkv + (tile.q_begin + r / GROUP) * stride +
+                                           (tile.kv_head * GROUP + r % GROUP) * HEAD_DIM + chunk * 8;
+                    const unsigned dst =
+                        smem + chunk / 8 * Q_SLAB_BYTES + row * 128 + ((chunk % 8 ^ (row & 7)) << 4);
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+                }
+                asm volatile("cp.async.wait_all;" ::: "memory");
+                fence_async_proxy();
+                mbarrier_arrive(BAR(Q_FULL));
+                phase ^= 1;
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGS));
+        const float scale_log2 = scale * 1.4426950408889634f;
+        const unsigned q = smem + warpgroup * 64 * 128;
+        const int next_turn = TURN + (warpgroup + 1) % N_CONSUMERS;
+        int stage = 0, phase = 0, q_phase = 0;
+        // The turn starts with warpgroup 0: its predecessor in the ring hands it over.
+        if (PINGPONG && warpgroup == N_CONSUMERS - 1) named_arrive(TURN, 256);
+
+        for (int round = 0; !done; ++round) {
+            if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
+            const int row0 = tile.row + warpgroup * 64;
+            int pos[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                pos[h] = tile.first_query_pos + min(row0 + warp * 16 + lane / 4 + 8 * h, tile.n_rows - 1) / GROUP;
+            const int first_pos = tile.first_query_pos + min(row0, tile.n_rows - 1) / GROUP;
+            const int last_pos = tile.first_query_pos + min(row0 + 63, tile.n_rows - 1) / GROUP;
+            const int column0 = lane % 4 * 2;
+
+            float o[D_PADDED / 2];
+#pragma unroll
+            for (int i = 0; i < D_PADDED / 2; ++i) o[i] = 0.f;
+            Softmax softmax = {{NEG_INF, NEG_INF}, {0.f, 0.f}, {0.f, 0.f}};
+            unsigned p[32];
+
+            mbarrier_wait(BAR(Q_FULL), q_phase);
+            q_phase ^= 1;
+            {
+                float s[64];
+                mbarrier_wait(BAR(K_FULL + stage), phase);
+                wgmma_fence();
+                issue_qk(s, q, smem + K_OFFSET + stage * KV_TILE_BYTES);
+                wgmma_wait<0>();
+                if (lane == 0) mbarrier_arrive(BAR(K_EMPTY + stage));
+                mask(s, tile.n_last * TILE_N + column0, pos, window);
+                softmax.step(s, scale_log2);
+                to_bf16(p, s);
+            }
+            const int n_valid = tile.kv_end - tile.n_last * TILE_N;
+            if (n_valid < TILE_N) {
+                mbarrier_wait(BAR(V_FULL + stage), phase);
+                clear_tail(smem + V_OFFSET + stage * KV_TILE_BYTES, n_valid, thread, warpgroup);
+            }
+
+            for (int n = tile.n_last - 1; n >= tile.n_first; --n) {
+                const int v_stage = stage, v_phase = phase;
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+                float s[64];
+                mbarrier_wait(BAR(K_FULL + stage), phase);
+                if (PINGPONG) named_sync(TURN + warpgroup, 256);
+                wgmma_fence();
+                issue_qk(s, q, smem + K_OFFSET + stage * KV_TILE_BYTES);
+                mbarrier_wait(BAR(V_FULL + v_stage), v_phase);
+                issue_pv(o, p, smem + V_OFFSET + v_stage * KV_TILE_BYTES);
+                if (PINGPONG) named_arrive(next_turn, 256);
+                wgmma_wait<1>();
+                if (lane == 0) mbarrier_arrive(BAR(K_EMPTY + stage));
+                const int column = n * TILE_N;
+                if (column + TILE_N - 1 > first_pos || (window > 0 && column <= last_pos - window))
+                    mask(s, column + column0, pos, window);
+                softmax.step(s, scale_log2);
+                wgmma_wait<0>();
+                if (lane == 0) mbarrier_arrive(BAR(V_EMPTY + v_stage));
+                to_bf16(p, s);
+#pragma unroll
+                for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
+            }
+            if (lane == 0) mbarrier_arrive(BAR(Q_EMPTY));
+            mbarrier_wait(BAR(V_FULL + stage), phase);
+            wgmma_fence();
+            issue_pv(o, p, smem + V_OFFSET + stage * KV_TILE_BYTES);
+            float inv[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float sum = softmax.sum[h];
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                inv[h] = sum > 0.f ? 1.f / sum : 0.f;
+            }
+            wgmma_wait<0>();
+            if (lane == 0) mbarrier_arrive(BAR(V_EMPTY + stage));
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+
+            // A quad holds 2 columns a thread of each 8-column block; after a 4 x 4 transpose each thread holds
+            // one whole block of every four, so a row leaves in 16-byte pieces.
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int r = row0 + warp * 16 + lane / 4 + 8 * h;
+                bf16_bits* dst = out + ((long long)(tile.q_begin + r / GROUP) * n_kv * GROUP + tile.kv_head * GROUP +
+                                        r % GROUP) * HEAD_DIM;
+#pragma unroll
+                for (int b = 0; b < CHUNKS; b += 4) {
+                    unsigned w[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        w[i] = pack_bf16(o[4 * (b + i) + 2 * h] * inv[h], o[4 * (b + i) + 2 * h + 1] * inv[h]);
+                    // Exchange with lane ^ 1, then with lane ^ 2: entry i of lane l goes to entry l of lane i.
+#pragma unroll
+                    for (int i = 0; i < 4; i += 2) {
+                        const unsigned got = __shfl_xor_sync(0xffffffffu, lane & 1 ? w[i] : w[i + 1], 1);
+                        if (lane & 1) w[i] = got; else w[i + 1] = got;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned got = __shfl_xor_sync(0xffffffffu, lane & 2 ? w[i] : w[i + 2], 2);
+                        if (lane & 2) w[i] = got; else w[i + 2] = got;
+                    }
+                    if (r < tile.n_rows) *(uint4*)(dst + (b + lane % 4) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+                }
+            }
+        }
+    }
+}
+
+#endif

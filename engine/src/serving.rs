@@ -1,0 +1,238 @@
+//! The serving loop: the thread that owns the scheduler and the executor.
+//!
+//! Each turn is four calls: drain the inbox, plan and launch steps while the executor takes more,
+//! collect the oldest step, tell the callers. With two steps in flight the planning of step N+1 and
+//! the emission of step N's tokens happen while the device works.
+
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, mpsc},
+};
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::{
+    EngineConfig, EngineStats, Error,
+    engine::lock,
+    executors::Executor,
+    generation::{CancelFlag, TokenEvent},
+    scheduler::{Progress, Scheduler, SchedulerConfig},
+    sequence::{NewSequence, SeqId},
+};
+
+/// One sequence on its way to the loop.
+pub(crate) struct Arrival {
+    pub(crate) sequence: NewSequence,
+    /// Which of its request's sequences it is.
+    pub(crate) index: usize,
+    pub(crate) events: UnboundedSender<TokenEvent>,
+    pub(crate) cancel: CancelFlag,
+}
+
+/// What the loop shows to other threads.
+pub(crate) struct Shared {
+    stats: Mutex<EngineStats>,
+    failure: Mutex<Option<Error>>,
+}
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Self {
+            stats: Mutex::new(EngineStats::default()),
+            failure: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> EngineStats {
+        *lock(&self.stats)
+    }
+
+    /// Why the loop ended, if it failed.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        lock(&self.failure).clone()
+    }
+}
+
+/// A caller of a sequence in the loop.
+struct Caller {
+    index: usize,
+    events: UnboundedSender<TokenEvent>,
+    cancel: CancelFlag,
+}
+
+impl Caller {
+    fn is_gone(&self) -> bool {
+        self.events.is_closed() || self.cancel.is_cancelled()
+    }
+}
+
+pub(crate) struct Serving {
+    executor: Box<dyn Executor>,
+    scheduler: Scheduler,
+    callers: HashMap<SeqId, Caller>,
+    max_in_flight: usize,
+    shared: Arc<Shared>,
+}
+
+impl Serving {
+    pub(crate) fn new(
+        executor: Box<dyn Executor>,
+        config: &EngineConfig,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let capacity = executor.capacity();
+        let scheduler = Scheduler::new(SchedulerConfig {
+            n_pages: capacity.n_pages,
+            max_num_seqs: capacity.max_num_seqs,
+            max_num_batched_tokens: capacity.max_num_batched_tokens,
+            enable_prefix_caching: config.enable_prefix_caching,
+        });
+        let serving = Self {
+            max_in_flight: capacity.max_in_flight,
+            executor,
+            scheduler,
+            callers: HashMap::new(),
+            shared,
+        };
+        serving.publish();
+        serving
+    }
+
+    /// Serves until the inbox is closed and empty, or the executor fails.
+    pub(crate) fn run(mut self, inbox: &mpsc::Receiver<Arrival>) {
+        // A panic (a bug, or a tensor library's way to report a device error) must answer the
+        // requests in flight, not leave them waiting.
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.serve(inbox)));
+        let error = match outcome {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error,
+            Err(panic) => {
+                let what = panic
+                    .downcast_ref::<String>()
+                    .cloned()
+                    .or_else(|| panic.downcast_ref::<&str>().map(|&s| s.to_owned()))
+                    .unwrap_or_else(|| "unknown panic".into());
+                Error::Device(format!("the engine's thread panicked: {what}"))
+            }
+        };
+        tracing::error!(%error, "the engine stops");
+        *lock(&self.shared.failure) = Some(error.clone());
+        for caller in self.callers.into_values() {
+            let _ = caller.events.send(TokenEvent::Failed(error.clone()));
+        }
+        for arrival in inbox.try_iter() {
+            let _ = arrival.events.send(TokenEvent::Failed(error.clone()));
+        }
+    }
+
+    fn serve(&mut self, inbox: &mpsc::Receiver<Arrival>) -> Result<(), Error> {
+        loop {
+            if self.scheduler.is_idle() {
+                self.publish();
+                match inbox.recv() {
+                    Ok(arrival) => self.admit(arrival),
+                    Err(mpsc::RecvError) => return Ok(()),
+                }
+            }
+            loop {
+                match inbox.try_recv() {
+                    Ok(arrival) => self.admit(arrival),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                    // The engine was dropped: nobody can be listening.
+                    Err(mpsc::TryRecvError::Disconnected) => return Ok(()),
+                }
+            }
+            self.drop_cancelled();
+            while self.scheduler.n_in_flight() < self.max_in_flight
+                && let Some(step) = self.scheduler.plan()
+            {
+                self.executor.launch(step)?;
+            }
+            if self.scheduler.n_in_flight() > 0 {
+                let output = self.executor.collect()?;
+                let progress = self.scheduler.complete(output);
+                self.emit(progress);
+            }
+            self.publish();
+        }
+    }
+
+    fn admit(&mut self, arrival: Arrival) {
+        let Arrival {
+            sequence,
+            index,
+            events,
+            cancel,
+        } = arrival;
+        let id = self.scheduler.add(sequence);
+        self.callers.insert(
+            id,
+            Caller {
+                index,
+                events,
+                cancel,
+            },
+        );
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone: Vec<SeqId> = self
+            .callers
+            .iter()
+            .filter(|(_, c)| c.is_gone())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in gone {
+            self.callers.remove(&id);
+            self.scheduler.abort(id);
+        }
+    }
+
+    fn emit(&mut self, progress: Vec<Progress>) {
+        for Progress {
+            id,
+            prompt,
+            token_id,
+            logprobs,
+            end,
+        } in progress
+        {
+            let Some(caller) = self.callers.get(&id) else {
+                continue;
+            };
+            // A closed channel is noticed in the next turn.
+            if let Some(prompt) = prompt {
+                let event = TokenEvent::Prompt {
+                    n_cached: prompt.n_cached,
+                    logprobs: prompt.logprobs,
+                };
+                let _ = caller.events.send(event);
+            }
+            let _ = caller.events.send(TokenEvent::Token {
+                index: caller.index,
+                token_id,
+                logprobs,
+                end,
+            });
+            if end.is_some() {
+                self.callers.remove(&id);
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let (pool, counters) = (self.scheduler.pool(), self.scheduler.counters());
+        *lock(&self.shared.stats) = EngineStats {
+            n_running: self.scheduler.n_running(),
+            n_waiting: self.scheduler.n_waiting(),
+            n_pages_in_use: pool.n_pages() - pool.n_free(),
+            n_pages: pool.n_pages(),
+            n_prefix_queries: counters.n_prefix_queries,
+            n_prefix_hits: counters.n_prefix_hits,
+            n_preemptions: counters.n_preemptions,
+            n_prompt_tokens: counters.n_prompt_tokens,
+            n_generation_tokens: counters.n_generation_tokens,
+        };
+    }
+}
