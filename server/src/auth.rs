@@ -1,0 +1,48 @@
+//! API keys: which paths need one and whether a request has one.
+
+use bytes::Bytes;
+use hyper::{HeaderMap, Method, Response, StatusCode, header};
+use subtle::ConstantTimeEq;
+
+use crate::app::{Body, full_body};
+
+/// Paths below these need a key; probes, metrics and tokenisation stay open.
+const GUARDED: [&str; 2] = ["/v1", "/v2"];
+
+/// Whether a request may pass. Every key is compared in full and in constant time.
+pub fn is_authorized(
+    api_keys: &[String],
+    method: &Method,
+    path: &str,
+    headers: &HeaderMap,
+) -> bool {
+    if api_keys.is_empty()
+        || method == Method::OPTIONS
+        || !GUARDED.iter().any(|prefix| path.starts_with(prefix))
+    {
+        return true;
+    }
+    let Some((scheme, token)) = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.split_once(' '))
+    else {
+        return false;
+    };
+    let token = token.trim().as_bytes();
+    let matches = api_keys.iter().fold(0, |found, key| {
+        found | key.as_bytes().ct_eq(token).unwrap_u8()
+    });
+    scheme.eq_ignore_ascii_case("bearer") && matches == 1
+}
+
+/// The answer to a request without a key. Its `error` is a string, unlike every other error.
+pub fn unauthorized() -> Response<Body> {
+    Response::builder()
+        .status(StatusCode::UNAUTHORIZED)
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(full_body(Bytes::from_static(
+            br#"{"error":"Unauthorized"}"#,
+        )))
+        .expect("constant header names and values are valid")
+}

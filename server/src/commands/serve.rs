@@ -1,0 +1,235 @@
+//! `ember serve`: loads a model, then answers HTTP until it is told to stop.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+use ember_engine::Engine;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::engine_args::EngineArgs;
+use crate::{
+    App, Error,
+    config::{AppConfig, ServeConfig},
+    listener::{self, End},
+};
+
+/// Options of `ember serve`, as typed.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// A Hugging Face model folder or a GGUF file.
+    #[arg(env = "EMBER_MODEL")]
+    pub model: PathBuf,
+
+    /// Address to listen on.
+    #[arg(
+        long,
+        env = "EMBER_HOST",
+        default_value = "0.0.0.0",
+        help_heading = "Server"
+    )]
+    pub host: String,
+
+    /// Port to listen on; 0 takes a free one.
+    #[arg(
+        long,
+        env = "EMBER_PORT",
+        default_value_t = 8000,
+        help_heading = "Server"
+    )]
+    pub port: u16,
+
+    /// Names that requests may use; the first is echoed [default: MODEL as typed].
+    #[arg(long, env = "EMBER_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',', value_name = "NAME", help_heading = "Server")]
+    pub served_model_name: Vec<String>,
+
+    /// Keys of which requests to /v1 must carry one as `Authorization: Bearer KEY`.
+    #[arg(long, env = "EMBER_API_KEY", hide_env_values = true, num_args = 1.., value_delimiter = ',', value_name = "KEY", help_heading = "Server")]
+    pub api_key: Vec<String>,
+
+    /// Requests that may wait beside a full batch; more are answered 503 [default: no limit].
+    #[arg(long, env = "EMBER_MAX_NUM_QUEUED_REQS", help_heading = "Server")]
+    pub max_num_queued_reqs: Option<usize>,
+
+    /// Tokens per stream chunk.
+    #[arg(
+        long,
+        env = "EMBER_STREAM_INTERVAL",
+        default_value_t = 1,
+        help_heading = "Server"
+    )]
+    pub stream_interval: usize,
+
+    /// Say in usage.prompt_tokens_details how much of the prompt was cached.
+    #[arg(
+        long,
+        env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS",
+        help_heading = "Server"
+    )]
+    pub enable_prompt_tokens_details: bool,
+
+    /// Send usage with every chunk of every stream.
+    #[arg(
+        long,
+        env = "EMBER_ENABLE_FORCE_INCLUDE_USAGE",
+        help_heading = "Server"
+    )]
+    pub enable_force_include_usage: bool,
+
+    /// Send X-Request-Id with every response.
+    #[arg(long, env = "EMBER_ENABLE_REQUEST_ID_HEADERS", help_heading = "Server")]
+    pub enable_request_id_headers: bool,
+
+    /// Seconds that requests in flight may take after SIGTERM or SIGINT; a second signal ends them at once.
+    #[arg(
+        long,
+        env = "EMBER_SHUTDOWN_TIMEOUT",
+        default_value_t = 30,
+        value_name = "SECONDS",
+        help_heading = "Server"
+    )]
+    pub shutdown_timeout: u64,
+
+    /// error, warn, info, debug, trace, or a filter such as `info,ember_server=debug`.
+    #[arg(
+        long,
+        env = "EMBER_LOG_LEVEL",
+        default_value = "info",
+        help_heading = "Server"
+    )]
+    pub log_level: String,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub engine: EngineArgs,
+}
+
+impl ServeArgs {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the option.
+    pub fn resolve(&self) -> Result<ServeConfig, Error> {
+        let mut served_model_names: Vec<String> = self.served_model_name.clone();
+        if served_model_names.is_empty() {
+            served_model_names.push(self.model.display().to_string());
+        }
+        if served_model_names.iter().any(String::is_empty) {
+            return Err(Error::config(
+                "--served-model-name",
+                "a name cannot be empty",
+            ));
+        }
+        // An empty EMBER_API_KEY must not open the server to an empty key.
+        let api_keys: Vec<String> = self
+            .api_key
+            .iter()
+            .filter(|key| !key.is_empty())
+            .cloned()
+            .collect();
+        if self.stream_interval == 0 {
+            return Err(Error::config("--stream-interval", "must be at least 1"));
+        }
+        let engine = self.engine.resolve(&served_model_names[0])?;
+        Ok(ServeConfig {
+            model: self.model.clone(),
+            app: AppConfig {
+                served_model_names,
+                api_keys,
+                max_num_queued_reqs: self.max_num_queued_reqs,
+                enable_prompt_tokens_details: self.enable_prompt_tokens_details,
+                enable_force_include_usage: self.enable_force_include_usage,
+                enable_request_id_headers: self.enable_request_id_headers,
+                stream_interval: self.stream_interval,
+                gpu_memory_utilization: engine.gpu_memory_utilization,
+                enable_prefix_caching: engine.enable_prefix_caching,
+            },
+            engine,
+            host: self.host.clone(),
+            port: self.port,
+            shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
+        })
+    }
+}
+
+/// Runs the server to its end.
+///
+/// # Errors
+/// What the operator has to mend, or [`Error::EngineDied`].
+pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
+    let config = args.resolve()?;
+    start_log(&args.log_level)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        // Bound first, so that a taken port costs no time; accepted from once the model is there.
+        let socket = listener::bind(&config.host, config.port).await?;
+        let mut signals = Signals::new()?;
+        let started = std::time::Instant::now();
+        let (model, engine) = (config.model.clone(), config.engine.clone());
+        let load = tokio::task::spawn_blocking(move || Engine::load(model, engine));
+        let engine = tokio::select! {
+            engine = load => engine.map_err(std::io::Error::other)??,
+            () = signals.next() => std::process::exit(0),
+        };
+        let info = engine.info();
+        tracing::info!(
+            model = config.app.served_model_names[0],
+            architecture = info.architecture,
+            parameters = info.n_parameters,
+            executor = info.executor,
+            kv_tokens = info.n_kv_tokens,
+            max_model_len = info.max_model_len,
+            max_num_seqs = info.max_num_seqs,
+            load_seconds = (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
+            address = %format_args!("http://{}", socket.local_addr()?),
+            "ready"
+        );
+        let app = App::new(Arc::new(engine), config.app);
+        let signals = std::sync::Arc::new(tokio::sync::Mutex::new(signals));
+        let stop = async { signals.lock().await.next().await };
+        let abort = async { signals.lock().await.next().await };
+        match listener::serve(socket, app, stop, abort, config.shutdown_timeout).await {
+            End::Drained => tracing::info!("stopped"),
+            End::Aborted => tracing::warn!("stopped; requests in flight were cut off"),
+            End::EngineDied => return Err(Error::EngineDied),
+        }
+        Ok(())
+    })?;
+    // Requests that were cut off must not hold the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+/// Logs to stderr.
+fn start_log(filter: &str) -> Result<(), Error> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .map_err(|error| Error::config("--log-level", format!("{error}")))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! What the command line comes to: validated once, then read only.
+
+use std::{path::PathBuf, time::Duration};
+
+use ember_engine::EngineConfig;
+
+/// Everything that `ember serve` needs.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// The model folder or file.
+    pub model: PathBuf,
+    /// Options of the engine.
+    pub engine: EngineConfig,
+    /// Options of the endpoints.
+    pub app: AppConfig,
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// How long requests in flight may take after SIGTERM.
+    pub shutdown_timeout: Duration,
+}
+
+/// Options of the endpoints.
+#[derive(Debug, Clone)]
+pub struct AppConfig {
+    /// Names that requests may use, at least one; the first is echoed and labels metrics.
+    pub served_model_names: Vec<String>,
+    /// Keys that requests may use; empty leaves the server open.
+    pub api_keys: Vec<String>,
+    /// Sequences that may wait beside a full batch; `None` is no limit.
+    pub max_num_queued_reqs: Option<usize>,
+    /// Put `prompt_tokens_details` into usage.
+    pub enable_prompt_tokens_details: bool,
+    /// Send usage on every stream, with every chunk.
+    pub enable_force_include_usage: bool,
+    /// Send `X-Request-Id` with every response.
+    pub enable_request_id_headers: bool,
+    /// Tokens per stream chunk.
+    pub stream_interval: usize,
+    /// For the metrics: as given to the engine.
+    pub gpu_memory_utilization: f32,
+    /// For the metrics: as given to the engine.
+    pub enable_prefix_caching: bool,
+}
+
+impl Default for AppConfig {
+    fn default() -> Self {
+        Self {
+            served_model_names: vec!["default".into()],
+            api_keys: Vec::new(),
+            max_num_queued_reqs: None,
+            enable_prompt_tokens_details: false,
+            enable_force_include_usage: false,
+            enable_request_id_headers: false,
+            stream_interval: 1,
+            gpu_memory_utilization: 0.9,
+            enable_prefix_caching: true,
+        }
+    }
+}

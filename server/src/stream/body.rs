@@ -1,0 +1,165 @@
+//! [`SseBody`]: the response body that owns a request in flight.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use ember_common::openai::StreamUsage;
+use ember_engine::{Delta, PromptEvent};
+use futures_util::StreamExt;
+use http_body_util::BodyExt;
+use hyper::{Response, body::Frame, header};
+
+use super::{ChunkWriter, UsageMeter};
+use crate::{
+    app::Body,
+    generation::{ChoiceEvent, Choices, append},
+};
+
+/// How an endpoint writes its chunks.
+pub trait Frames: Send + Unpin + 'static {
+    /// A prompt has been processed; comes before its choices' output.
+    fn prompt(&mut self, prompt_idx: usize, prompt: PromptEvent);
+    /// Writes the chunks for new output.
+    fn delta(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter, delta: Delta);
+    /// The answer's fingerprint, for the usage chunk.
+    fn system_fingerprint(&self) -> &str;
+}
+
+/// A stream of events. Owns the request: dropping it, as hyper does when the client hangs up,
+/// cancels the sequences and frees the permit.
+pub struct SseBody<F> {
+    /// `None` after the last frame.
+    choices: Option<Choices>,
+    frames: F,
+    writer: ChunkWriter,
+    usage: UsageMeter,
+    /// Tokens per chunk.
+    interval: usize,
+    /// Output kept back until there are `interval` tokens, by choice; `None` before the first.
+    held: Vec<Option<Delta>>,
+}
+
+impl<F: Frames> SseBody<F> {
+    /// A body that streams `choices`, `interval` tokens a chunk; the first is never kept back.
+    pub fn new(
+        choices: Choices,
+        frames: F,
+        writer: ChunkWriter,
+        usage: UsageMeter,
+        interval: usize,
+    ) -> Self {
+        let held = vec![None; choices.n_choices()];
+        Self {
+            choices: Some(choices),
+            frames,
+            writer,
+            usage,
+            interval,
+            held,
+        }
+    }
+
+    /// The response.
+    pub fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::new(
+            self.map_err(|never: std::convert::Infallible| match never {}),
+        ));
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            header::HeaderValue::from_static("text/event-stream; charset=utf-8"),
+        );
+        headers.insert(
+            header::CACHE_CONTROL,
+            header::HeaderValue::from_static("no-cache"),
+        );
+        // Keeps nginx from buffering the stream.
+        headers.insert("x-accel-buffering", header::HeaderValue::from_static("no"));
+        response
+    }
+
+    fn delta(&mut self, delta: Delta) {
+        self.usage.output(delta.index, delta.token_ids.len());
+        let delta = if self.interval > 1 {
+            self.hold(delta)
+        } else {
+            Some(delta)
+        };
+        if let Some(delta) = delta {
+            self.frames.delta(&mut self.writer, &self.usage, delta);
+        }
+    }
+
+    /// Keeps output back until there is a chunk of it.
+    fn hold(&mut self, delta: Delta) -> Option<Delta> {
+        let empty = Delta {
+            index: delta.index,
+            ..Delta::default()
+        };
+        match &mut self.held[delta.index] {
+            first @ None => {
+                *first = Some(empty);
+                Some(delta)
+            }
+            Some(held) => {
+                append(held, delta);
+                (held.finish.is_some() || held.token_ids.len() >= self.interval)
+                    .then(|| std::mem::replace(held, empty))
+            }
+        }
+    }
+
+    fn finish(&mut self) {
+        if self.usage.at_end {
+            let usage = StreamUsage::from(self.usage.total());
+            self.writer
+                .begin()
+                .raw(r#"],"usage":"#)
+                .value(&usage)
+                .raw(r#","system_fingerprint":"#);
+            self.writer.value(self.frames.system_fingerprint()).end();
+        }
+        self.done();
+    }
+
+    fn done(&mut self) {
+        self.choices = None;
+        self.writer.frame(b"[DONE]");
+    }
+}
+
+impl<F: Frames> hyper::body::Body for SseBody<F> {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = &mut *self;
+        loop {
+            let Some(choices) = &mut this.choices else {
+                return Poll::Ready(None);
+            };
+            match ready!(choices.poll_next_unpin(cx)) {
+                Some(Ok(ChoiceEvent::Prompt(idx, prompt))) => {
+                    this.usage.prompt(idx, &prompt);
+                    this.frames.prompt(idx, prompt);
+                }
+                Some(Ok(ChoiceEvent::Delta(delta))) => this.delta(delta),
+                Some(Err(error)) => {
+                    this.writer.frame(&error.to_json());
+                    this.done();
+                }
+                None => this.finish(),
+            }
+            let bytes = this.writer.take();
+            if !bytes.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(bytes))));
+            }
+        }
+    }
+}
