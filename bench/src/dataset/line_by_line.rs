@@ -24,11 +24,19 @@ impl Dataset for LineByLine {
                 None => {}
                 Some(b'{') => match serde_json::from_str(line) {
                     Ok(body) => prompts.push(Prompt::Body(body)),
-                    Err(error) => return Err(wrong(format!("starts like a JSON request body: {error}"))),
+                    Err(error) => {
+                        return Err(wrong(format!("starts like a JSON request body: {error}")));
+                    }
                 },
                 Some(b'[') => match serde_json::from_str::<Value>(line) {
-                    Ok(messages) if is_messages(&messages) => prompts.push(Prompt::Messages(messages)),
-                    Ok(_) => return Err(wrong("a JSON array, but not of messages with a \"role\"".into())),
+                    Ok(messages) if is_messages(&messages) => {
+                        prompts.push(Prompt::Messages(messages))
+                    }
+                    Ok(_) => {
+                        return Err(wrong(
+                            "a JSON array, but not of messages with a \"role\"".into(),
+                        ));
+                    }
                     // Text may well start with a bracket.
                     Err(_) => prompts.push(Prompt::Text(line.to_owned())),
                 },
@@ -41,7 +49,8 @@ impl Dataset for LineByLine {
 
 fn is_messages(value: &Value) -> bool {
     let mut messages = value.as_array().into_iter().flatten().peekable();
-    messages.peek().is_some() && messages.all(|message| message.get("role").is_some_and(Value::is_string))
+    messages.peek().is_some()
+        && messages.all(|message| message.get("role").is_some_and(Value::is_string))
 }
 
 #[cfg(test)]
@@ -57,7 +66,12 @@ mod tests {
             Prompt::Text("hello".into()),
             Prompt::Text("[1] a footnote".into()),
             Prompt::Messages(json!([{"role": "user", "content": "x"}])),
-            Prompt::Body(json!({"model": "m", "prompt": "y"}).as_object().unwrap().clone()),
+            Prompt::Body(
+                json!({"model": "m", "prompt": "y"})
+                    .as_object()
+                    .unwrap()
+                    .clone(),
+            ),
         ];
         assert_eq!(LineByLine.parse(text).unwrap(), expected);
     }

@@ -8,57 +8,352 @@ use super::phrases::{Lexicon, sentence};
 const TOKENS_PER_WORD: f64 = 1.3;
 
 const LEXICON: Lexicon<'static> = &[
-    ('m', &[
-        "Margaret Ellison", "Tomas Rivera", "Ingrid Solberg", "Hiroshi Tanaka", "Amara Okafor", "Daniel Whitcombe", "Leila Haddad",
-        "Piotr Nowak", "Chen Wei", "Sofia Marchetti", "George Abernathy", "Priya Raman", "Olivier Laurent", "Nadia Petrova",
-        "Samuel Okoro", "Elena Vasquez", "Johan Lindqvist", "Fatima Zahra", "Robert Callahan", "Mei Lin", "Victor Almeida",
-        "Anna Kowalska", "Isaac Feldman", "Ruth Adeyemi", "Carlos Mendoza", "Yuki Nakamura", "Helena Brandt", "Marcus Doyle",
-        "Zara Malik", "Theodore Grant", "Clara Jensen", "Omar Farouk",
-    ]),
-    ('l', &[
-        "Lisbon", "Trieste", "Nagasaki", "Bergen", "Valparaiso", "Antwerp", "Montreal", "Aleppo", "Odessa", "Glasgow", "Samarkand",
-        "Hamburg", "Cartagena", "Kyoto", "Edinburgh", "Marseille", "Mombasa", "Riga", "Salonica", "Quito", "Boston", "Calcutta",
-        "Rotterdam", "Dakar", "Sydney", "Chicago", "Vienna", "Lahore", "Porto", "Tallinn",
-    ]),
-    ('n', &[
-        "archive", "harbour", "committee", "railway", "manuscript", "reservoir", "observatory", "algorithm", "network", "laboratory",
-        "sensor", "bridge", "treaty", "election", "harvest", "factory", "museum", "expedition", "hospital", "library", "market",
-        "orchestra", "satellite", "telescope", "turbine", "vaccine", "warehouse", "workshop", "glacier", "forest", "canal", "engine",
-        "theorem", "dataset", "protocol", "enzyme", "membrane", "crystal", "orbit", "sediment", "language", "dialect", "novel",
-        "portrait", "cathedral", "courtroom", "contract", "tariff", "currency", "ledger", "insurance policy", "union", "school",
-        "curriculum", "textbook", "newspaper", "broadcast", "telegram", "lighthouse", "shipyard", "vineyard", "monastery", "parliament",
-        "garden", "river", "valley", "power station", "processor", "compiler", "memory controller", "neural network", "language model",
-        "training corpus", "benchmark", "regression", "gradient", "attention layer", "tokenizer", "scheduler", "cache", "index",
-    ]),
-    ('s', &[
-        "results", "letters", "measurements", "witnesses", "engineers", "farmers", "merchants", "historians", "students", "patients",
-        "experiments", "estimates", "records", "samples", "reports", "villages", "workers", "settlers", "readers", "researchers",
-        "ships", "instruments", "observations", "arguments", "budgets", "maps", "photographs", "regulations", "deliveries", "species",
-        "proteins", "signals", "errors", "predictions", "parameters", "queries", "documents", "requests", "responses", "critics",
-    ]),
-    ('a', &[
-        "careful", "early", "unexpected", "modest", "remote", "ambitious", "fragile", "costly", "reliable", "controversial", "narrow",
-        "gradual", "temporary", "precise", "incomplete", "ancient", "modern", "popular", "quiet", "rapid", "severe", "steady", "unusual",
-        "vast", "wealthy", "abandoned", "brilliant", "cautious", "detailed", "efficient", "familiar", "generous", "hidden", "local",
-        "official", "practical", "rural", "scarce", "technical", "urban", "sparse", "dense", "robust", "noisy", "empirical",
-    ]),
-    ('v', &[
-        "described", "measured", "rejected", "financed", "repaired", "translated", "catalogued", "predicted", "inspected", "expanded",
-        "abandoned", "defended", "compared", "photographed", "rebuilt", "questioned", "published", "recorded", "approved", "revised",
-        "tested", "surveyed", "transformed", "inherited", "designed", "evaluated", "reproduced", "optimised", "simulated", "annotated",
-        "criticised", "celebrated", "purchased", "restored", "studied", "overlooked", "documented", "challenged", "improved", "replaced",
-    ]),
-    ('d', &[
-        "slowly", "in secret", "without delay", "with great care", "for the first time", "against all advice", "by hand", "in public",
-        "at considerable expense", "over several winters", "with little success", "beyond any doubt", "almost by accident",
-        "under difficult conditions", "as the law required", "in three stages", "on a small scale", "with new equipment",
-        "before the war", "after the flood",
-    ]),
-    ('c', &[
-        "However", "In the meantime", "Even so", "For this reason", "By contrast", "As a consequence", "Several years later",
-        "In practice", "According to one account", "Despite these doubts", "On closer inspection", "At the same time", "In addition",
-        "To everyone's surprise", "More importantly", "As the table below shows", "From that point on", "In the second series of trials",
-    ]),
+    (
+        'm',
+        &[
+            "Margaret Ellison",
+            "Tomas Rivera",
+            "Ingrid Solberg",
+            "Hiroshi Tanaka",
+            "Amara Okafor",
+            "Daniel Whitcombe",
+            "Leila Haddad",
+            "Piotr Nowak",
+            "Chen Wei",
+            "Sofia Marchetti",
+            "George Abernathy",
+            "Priya Raman",
+            "Olivier Laurent",
+            "Nadia Petrova",
+            "Samuel Okoro",
+            "Elena Vasquez",
+            "Johan Lindqvist",
+            "Fatima Zahra",
+            "Robert Callahan",
+            "Mei Lin",
+            "Victor Almeida",
+            "Anna Kowalska",
+            "Isaac Feldman",
+            "Ruth Adeyemi",
+            "Carlos Mendoza",
+            "Yuki Nakamura",
+            "Helena Brandt",
+            "Marcus Doyle",
+            "Zara Malik",
+            "Theodore Grant",
+            "Clara Jensen",
+            "Omar Farouk",
+        ],
+    ),
+    (
+        'l',
+        &[
+            "Lisbon",
+            "Trieste",
+            "Nagasaki",
+            "Bergen",
+            "Valparaiso",
+            "Antwerp",
+            "Montreal",
+            "Aleppo",
+            "Odessa",
+            "Glasgow",
+            "Samarkand",
+            "Hamburg",
+            "Cartagena",
+            "Kyoto",
+            "Edinburgh",
+            "Marseille",
+            "Mombasa",
+            "Riga",
+            "Salonica",
+            "Quito",
+            "Boston",
+            "Calcutta",
+            "Rotterdam",
+            "Dakar",
+            "Sydney",
+            "Chicago",
+            "Vienna",
+            "Lahore",
+            "Porto",
+            "Tallinn",
+        ],
+    ),
+    (
+        'n',
+        &[
+            "archive",
+            "harbour",
+            "committee",
+            "railway",
+            "manuscript",
+            "reservoir",
+            "observatory",
+            "algorithm",
+            "network",
+            "laboratory",
+            "sensor",
+            "bridge",
+            "treaty",
+            "election",
+            "harvest",
+            "factory",
+            "museum",
+            "expedition",
+            "hospital",
+            "library",
+            "market",
+            "orchestra",
+            "satellite",
+            "telescope",
+            "turbine",
+            "vaccine",
+            "warehouse",
+            "workshop",
+            "glacier",
+            "forest",
+            "canal",
+            "engine",
+            "theorem",
+            "dataset",
+            "protocol",
+            "enzyme",
+            "membrane",
+            "crystal",
+            "orbit",
+            "sediment",
+            "language",
+            "dialect",
+            "novel",
+            "portrait",
+            "cathedral",
+            "courtroom",
+            "contract",
+            "tariff",
+            "currency",
+            "ledger",
+            "insurance policy",
+            "union",
+            "school",
+            "curriculum",
+            "textbook",
+            "newspaper",
+            "broadcast",
+            "telegram",
+            "lighthouse",
+            "shipyard",
+            "vineyard",
+            "monastery",
+            "parliament",
+            "garden",
+            "river",
+            "valley",
+            "power station",
+            "processor",
+            "compiler",
+            "memory controller",
+            "neural network",
+            "language model",
+            "training corpus",
+            "benchmark",
+            "regression",
+            "gradient",
+            "attention layer",
+            "tokenizer",
+            "scheduler",
+            "cache",
+            "index",
+        ],
+    ),
+    (
+        's',
+        &[
+            "results",
+            "letters",
+            "measurements",
+            "witnesses",
+            "engineers",
+            "farmers",
+            "merchants",
+            "historians",
+            "students",
+            "patients",
+            "experiments",
+            "estimates",
+            "records",
+            "samples",
+            "reports",
+            "villages",
+            "workers",
+            "settlers",
+            "readers",
+            "researchers",
+            "ships",
+            "instruments",
+            "observations",
+            "arguments",
+            "budgets",
+            "maps",
+            "photographs",
+            "regulations",
+            "deliveries",
+            "species",
+            "proteins",
+            "signals",
+            "errors",
+            "predictions",
+            "parameters",
+            "queries",
+            "documents",
+            "requests",
+            "responses",
+            "critics",
+        ],
+    ),
+    (
+        'a',
+        &[
+            "careful",
+            "early",
+            "unexpected",
+            "modest",
+            "remote",
+            "ambitious",
+            "fragile",
+            "costly",
+            "reliable",
+            "controversial",
+            "narrow",
+            "gradual",
+            "temporary",
+            "precise",
+            "incomplete",
+            "ancient",
+            "modern",
+            "popular",
+            "quiet",
+            "rapid",
+            "severe",
+            "steady",
+            "unusual",
+            "vast",
+            "wealthy",
+            "abandoned",
+            "brilliant",
+            "cautious",
+            "detailed",
+            "efficient",
+            "familiar",
+            "generous",
+            "hidden",
+            "local",
+            "official",
+            "practical",
+            "rural",
+            "scarce",
+            "technical",
+            "urban",
+            "sparse",
+            "dense",
+            "robust",
+            "noisy",
+            "empirical",
+        ],
+    ),
+    (
+        'v',
+        &[
+            "described",
+            "measured",
+            "rejected",
+            "financed",
+            "repaired",
+            "translated",
+            "catalogued",
+            "predicted",
+            "inspected",
+            "expanded",
+            "abandoned",
+            "defended",
+            "compared",
+            "photographed",
+            "rebuilt",
+            "questioned",
+            "published",
+            "recorded",
+            "approved",
+            "revised",
+            "tested",
+            "surveyed",
+            "transformed",
+            "inherited",
+            "designed",
+            "evaluated",
+            "reproduced",
+            "optimised",
+            "simulated",
+            "annotated",
+            "criticised",
+            "celebrated",
+            "purchased",
+            "restored",
+            "studied",
+            "overlooked",
+            "documented",
+            "challenged",
+            "improved",
+            "replaced",
+        ],
+    ),
+    (
+        'd',
+        &[
+            "slowly",
+            "in secret",
+            "without delay",
+            "with great care",
+            "for the first time",
+            "against all advice",
+            "by hand",
+            "in public",
+            "at considerable expense",
+            "over several winters",
+            "with little success",
+            "beyond any doubt",
+            "almost by accident",
+            "under difficult conditions",
+            "as the law required",
+            "in three stages",
+            "on a small scale",
+            "with new equipment",
+            "before the war",
+            "after the flood",
+        ],
+    ),
+    (
+        'c',
+        &[
+            "However",
+            "In the meantime",
+            "Even so",
+            "For this reason",
+            "By contrast",
+            "As a consequence",
+            "Several years later",
+            "In practice",
+            "According to one account",
+            "Despite these doubts",
+            "On closer inspection",
+            "At the same time",
+            "In addition",
+            "To everyone's surprise",
+            "More importantly",
+            "As the table below shows",
+            "From that point on",
+            "In the second series of trials",
+        ],
+    ),
 ];
 
 const SENTENCES: &[&str] = &[
@@ -85,12 +380,26 @@ const SENTENCES: &[&str] = &[
 ];
 
 const TITLES: &[&str] = &[
-    "{m} and the {n} of {l}", "{y}: the year the {n} was {v}", "A {a} {n}: {s} from {l}", "{l}, {y}. Notes of {m}",
-    "On {a} {s} and the {n}", "{a} {s}, {a} {n}: what {m} {v} in {l}", "{#} {s} of a {a} {n}", "How {m} {v} the {n} {d}",
-    "The {n} that {m} {v}", "{s} and the {a} {n}, {l}, {y}",
+    "{m} and the {n} of {l}",
+    "{y}: the year the {n} was {v}",
+    "A {a} {n}: {s} from {l}",
+    "{l}, {y}. Notes of {m}",
+    "On {a} {s} and the {n}",
+    "{a} {s}, {a} {n}: what {m} {v} in {l}",
+    "{#} {s} of a {a} {n}",
+    "How {m} {v} the {n} {d}",
+    "The {n} that {m} {v}",
+    "{s} and the {a} {n}, {l}, {y}",
 ];
 
-const HEADINGS: &[&str] = &["The {a} {n}", "{s} from {l}", "{m}", "After {y}", "A {n} {v}", "{s} and {s}"];
+const HEADINGS: &[&str] = &[
+    "The {a} {n}",
+    "{s} from {l}",
+    "{m}",
+    "After {y}",
+    "A {n} {v}",
+    "{s} and {s}",
+];
 
 const QUESTIONS: &[&str] = &[
     "What reasons does the text give for the {n} being {v} {d}?",
@@ -102,21 +411,21 @@ const QUESTIONS: &[&str] = &[
 ];
 
 const SHORT: &[&str] = &[
-    "Write a short story about {m}, who finds a {a} {n} in {l}.",
-    "Explain to a child why a {n} can be {a}.",
-    "Give {#} reasons to visit {l} and its {n}.",
-    "Rewrite this sentence in a {a} tone: the {n} was {v} {d}.",
-    "Describe how {s} are {v} in a {a} {n}.",
-    "Name the differences between a {n} and a {n}.",
-    "Suggest a title for an article on {a} {s} in {l}.",
-    "Translate into French: {m} {v} the {a} {n} {d}.",
+    "{m} finds a {a} {n} in {l}. Write a short story about it.",
+    "{a} {s} of {l}: explain to a child what they are.",
+    "{#} reasons to visit {l} and its {a} {n}: name them.",
+    "{m} {v} the {n} {d}. Rewrite this sentence in a {a} tone.",
+    "{s} are {v} in a {a} {n}. Describe how.",
+    "{n} or {n}, {s} or {s}: name the differences.",
+    "{a} {s} in {l}, {y}. Suggest a title for this article.",
+    "{m} {v} the {a} {n} {d}. Translate into French.",
 ];
 
 /// An instruction of about `n_tokens` tokens: a short task, or a document followed by a question about it.
 pub(super) fn instruction(rng: &mut impl Rng, n_tokens: u32) -> String {
     let n_words = (f64::from(n_tokens) / TOKENS_PER_WORD) as usize;
     if n_words < 1000 {
-        let mut text = sentence(rng, SHORT, LEXICON);
+        let mut text = capitalised(sentence(rng, SHORT, LEXICON));
         grow(rng, &mut text, n_words, |_, _| " ");
         return text;
     }
@@ -124,25 +433,35 @@ pub(super) fn instruction(rng: &mut impl Rng, n_tokens: u32) -> String {
     text.push_str("\n\n");
     let question = sentence(rng, QUESTIONS, LEXICON);
     let mut left_in_paragraph = 5;
-    grow(rng, &mut text, n_words.saturating_sub(words(&question) + 14), |rng, text| {
-        left_in_paragraph -= 1;
-        if left_in_paragraph > 0 {
-            return " ";
-        }
-        left_in_paragraph = rng.random_range(3..9);
-        if rng.random_bool(0.12) {
-            text.push_str("\n\n## ");
-            text.push_str(&capitalised(sentence(rng, HEADINGS, LEXICON)));
-        }
-        "\n\n"
-    });
+    grow(
+        rng,
+        &mut text,
+        n_words.saturating_sub(words(&question) + 14),
+        |rng, text| {
+            left_in_paragraph -= 1;
+            if left_in_paragraph > 0 {
+                return " ";
+            }
+            left_in_paragraph = rng.random_range(3..9);
+            if rng.random_bool(0.12) {
+                text.push_str("\n\n## ");
+                text.push_str(&capitalised(sentence(rng, HEADINGS, LEXICON)));
+            }
+            "\n\n"
+        },
+    );
     text.push_str("\n\nNow the text ends. Answer this question from the text alone.\n");
     text.push_str(&question);
     text
 }
 
 /// Adds sentences until `text` has `n_words` words; `join` says, and may add, what stands between them.
-fn grow<R: Rng>(rng: &mut R, text: &mut String, n_words: usize, mut join: impl FnMut(&mut R, &mut String) -> &'static str) {
+fn grow<R: Rng>(
+    rng: &mut R,
+    text: &mut String,
+    n_words: usize,
+    mut join: impl FnMut(&mut R, &mut String) -> &'static str,
+) {
     let mut n = words(text);
     while n + 9 < n_words {
         let next = capitalised(sentence(rng, SENTENCES, LEXICON));
@@ -161,7 +480,9 @@ fn words(text: &str) -> usize {
 
 fn capitalised(text: String) -> String {
     let mut chars = text.chars();
-    chars.next().map_or(String::new(), |first| first.to_uppercase().collect::<String>() + chars.as_str())
+    chars.next().map_or(String::new(), |first| {
+        first.to_uppercase().collect::<String>() + chars.as_str()
+    })
 }
 
 #[cfg(test)]
