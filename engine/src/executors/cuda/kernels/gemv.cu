@@ -17,17 +17,17 @@
 //   GEMV_LOGITS    gemv_logits    logits float32 [n_rows, N] = rmsnorm(x[rows]) W^T  (lm_head)
 // W bf16 [N, K], x float32 [*, K], norm weights bf16 [K], bias bf16 [N] or null, rows int32 [n_rows] or null.
 //
-// A block is persistent: it walks tiles of 16 * ROW_TILES weight rows, blockIdx.x first, then steps of the grid. WARPS_K
-// warps share a tile's K; each streams its units (KCHUNKS 16-byte chunks of every row) through a ring of STAGES slots
-// in shared memory by cp.async, across tile boundaries, so that loads stay in flight through reductions and epilogues
-// and, under programmatic dependent launch, fill the ring before the kernel that makes the input has finished.
+// A block is persistent: it walks tiles of 16 * ROW_TILES weight rows, blockIdx.x first, then steps of the grid.
+// WARPS_K warps share a tile's K; each streams its units (KCHUNKS 16-byte chunks of every row) through a ring of STAGES
+// slots in shared memory by cp.async, across tile boundaries, so that loads stay in flight through reductions and
+// epilogues and, under programmatic dependent launch, fill the ring before the kernel that makes the input has finished.
 // Products run on the tensor cores (m16n8k16): weights are the 16-row operand and the batch is the 8 columns, so that
 // 1 to 8 rows cost the same. K may be permuted freely as long as both operands agree: a lane takes 16 contiguous bytes
 // of a weight row, which serve two mma.
 // RMSNorm needs no pass of its own: the operand is bf16(x * norm weight); the sum of squares is gathered on the way and
 // 1 / rms, a scalar of the row, is applied to the sums.
 //
-// Grid: min(tiles, a small multiple of the multiprocessor count), tiles = ceil(N / (16 * ROW_TILES) / (WARPS / WARPS_K)).
+// Grid: min(tiles, multiprocessors or a small multiple), tiles = ceil(N / (16 * ROW_TILES * WARPS / WARPS_K)).
 // Block: WARPS * 32. Dynamic shared memory in bytes:
 //   WARPS * (STAGES * ROW_TILES * KCHUNKS * 256 + 32 * BATCH_TILES + 128 * ROW_TILES * n_rows)
 // Set the preferred shared-memory carveout to 100 % on this and on every kernel beside it in the step: a multiprocessor
