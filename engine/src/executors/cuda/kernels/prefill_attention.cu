@@ -21,17 +21,22 @@
 // one kv head, so short chunks and decode rows fill the tensor cores as well as GROUP allows, and
 // a sequence of q_len queries has ceil(q_len * GROUP / 128) tiles. n_q = n_kv * GROUP.
 //
-// Grid (n_kv, n_tiles), 128 threads, (TILE_M + 2 * TILE_N) * ROW_BYTES of dynamic shared memory
+// Grid (n_kv, n_tiles), 256 / WARP_TILES threads, (TILE_M + 2 * TILE_N) * ROW_BYTES of dynamic shared memory
 // (64 KiB for HEAD_DIM 96 and 128, 32 KiB for 64).
-// FlashAttention-2 (Dao, 2023): each warp owns 32 rows, the scores never leave the registers, V of a
+// FlashAttention-2 (Dao, 2023): each warp owns 16 WARP_TILES rows, the scores never leave the registers, V of a
 // tile loads while QK^T runs and K of the next while softmax and PV run. Tiles that the causal mask
 // or the window hides are never read.
 
-typedef unsigned short bf16_bits;
+#include "attention.cuh"
 
-constexpr int PAGE = 16;
+#ifndef WARP_TILES
+#define WARP_TILES 2  // 16-row tiles of a warp
+#endif
+
 constexpr int TILE_M = 128;
 constexpr int TILE_N = 64;
+constexpr int WARP_ROWS = 16 * WARP_TILES;
+constexpr int THREADS = TILE_M / WARP_ROWS * 32;
 constexpr int CHUNKS = HEAD_DIM / 8;                       // 16-byte chunks of a row
 constexpr int ROW_CHUNKS = HEAD_DIM <= 64 ? 8 : 16;        // a power of two, for the XOR swizzle
 constexpr int ROW_BYTES = ROW_CHUNKS * 16;
@@ -43,24 +48,12 @@ constexpr int D_BLOCKS = HEAD_DIM / 8;
 constexpr float NEG_INF = -__builtin_huge_valf();
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128, "HEAD_DIM must be 64, 96 or 128");
 
-__device__ __forceinline__ void pdl_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void pdl_trigger() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-/// Byte offset of a 16-byte chunk; the XOR spreads the eight rows of an ldmatrix over all banks.
+// Byte offset of a 16-byte chunk; the XOR spreads the eight rows of an ldmatrix over all banks.
 __device__ __forceinline__ unsigned chunk_offset(int row, int chunk) {
     return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4);
 }
 
-/// Asynchronous 16-byte copy to shared memory; zeros are written when `valid` is false.
+// Asynchronous 16-byte copy to shared memory; zeros are written when `valid` is false.
 __device__ __forceinline__ void copy_chunk(unsigned dst, const void* src, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0)
                  : "memory");
@@ -82,27 +75,10 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
                  : "r"(addr)
                  : "memory");
 }
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
-    unsigned r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-extern "C" __global__ void __launch_bounds__(128, 2)
-prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict__ k_cache,
-                  const bf16_bits* __restrict__ v_cache, bf16_bits* __restrict__ out,
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache,
+                  const bf16* __restrict__ v_cache, bf16* __restrict__ out,
                   const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
                   const int* __restrict__ block_tables, int block_table_stride,
                   const int2* __restrict__ tiles, float scale, int window) {
@@ -111,8 +87,8 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
     const int n_kv = gridDim.x, kv_head = blockIdx.x;
 
-    pdl_trigger();
-    pdl_wait();
+    PDL_TRIGGER();
+    PDL_WAIT();
     const int2 tile = tiles[blockIdx.y];
     const int seq = tile.x, tile_row = tile.y;
     const int q_begin = cu_seqlens_q[seq];
@@ -134,13 +110,13 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
         const int page_idx = n * (TILE_N / PAGE) + (lane & (TILE_N / PAGE - 1));
         return n >= tile_first && page_idx * PAGE < kv_end ? block_table[page_idx] : 0;
     };
-    auto load_kv = [&](const bf16_bits* cache, int pages, int n, unsigned offset) {
+    auto load_kv = [&](const bf16* cache, int pages, int n, unsigned offset) {
 #pragma unroll
-        for (int i = 0; i < TILE_N * CHUNKS / 128; ++i) {
-            const int idx = tid + i * 128;
+        for (int i = 0; i < TILE_N * CHUNKS / THREADS; ++i) {
+            const int idx = tid + i * THREADS;
             const int row = idx / CHUNKS, chunk = idx % CHUNKS;
-            const long long page = __shfl_sync(0xffffffffu, pages, row / PAGE);
-            const bf16_bits* src = cache + ((page * n_kv + kv_head) * PAGE + row % PAGE) * HEAD_DIM + chunk * 8;
+            const long long page = __shfl_sync(FULL_WARP, pages, row / PAGE);
+            const bf16* src = cache + ((page * n_kv + kv_head) * PAGE + row % PAGE) * HEAD_DIM + chunk * 8;
             copy_chunk(smem_base + offset + chunk_offset(row, chunk), src, n * TILE_N + row < kv_end);
         }
         commit_copies();
@@ -150,11 +126,11 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
     {
         const long long qkv_stride = (long long)(n_kv * GROUP + 2 * n_kv) * HEAD_DIM;
 #pragma unroll
-        for (int i = 0; i < TILE_M * CHUNKS / 128; ++i) {
-            const int idx = tid + i * 128;
+        for (int i = 0; i < TILE_M * CHUNKS / THREADS; ++i) {
+            const int idx = tid + i * THREADS;
             const int row = idx / CHUNKS, chunk = idx % CHUNKS;
             const int r = min(tile_row + row, n_rows - 1);
-            const bf16_bits* src = qkv + (q_begin + r / GROUP) * qkv_stride +
+            const bf16* src = qkv + (q_begin + r / GROUP) * qkv_stride +
                                    (kv_head * GROUP + r % GROUP) * HEAD_DIM + chunk * 8;
             copy_chunk(smem_base + chunk_offset(row, chunk), src, true);
         }
@@ -162,19 +138,19 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
     load_kv(k_cache, pages, tile_last, K_OFFSET);  // commits q and k together
 
     const float scale_log2 = scale * 1.4426950408889634f;
-    // A warp with no live row only helps to load. Rows of this thread: warp * 32 + 16 m + 8 h + lane / 4.
-    const bool active = tile_row + warp * 32 < n_rows;
+    // A warp with no live row only helps to load. Rows of this thread: warp * WARP_ROWS + 16 m + 8 h + lane / 4.
+    const bool active = tile_row + warp * WARP_ROWS < n_rows;
     // chunk_offset of a lane at step k is that of step 0 with k * 32 flipped in, rows being ROW_BYTES apart.
-    const unsigned q_addr = smem_base + chunk_offset(warp * 32 + (lane & 15), lane >> 4);
+    const unsigned q_addr = smem_base + chunk_offset(warp * WARP_ROWS + (lane & 15), lane >> 4);
     const unsigned k_addr = smem_base + K_OFFSET + chunk_offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
     const unsigned v_addr = smem_base + V_OFFSET + chunk_offset(lane & 15, lane >> 4);
-    const int warp_first_pos = context - q_len + min(tile_row + warp * 32, n_rows - 1) / GROUP;
-    const int warp_last_pos = context - q_len + min(tile_row + warp * 32 + 31, n_rows - 1) / GROUP;
+    const int warp_first_pos = context - q_len + min(tile_row + warp * WARP_ROWS, n_rows - 1) / GROUP;
+    const int warp_last_pos = context - q_len + min(tile_row + warp * WARP_ROWS + WARP_ROWS - 1, n_rows - 1) / GROUP;
 
-    float o[2][D_BLOCKS][4] = {};
-    float row_max[2][2], row_sum[2][2];
+    float o[WARP_TILES][D_BLOCKS][4] = {};
+    float row_max[WARP_TILES][2], row_sum[WARP_TILES][2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < WARP_TILES; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             row_max[m][h] = NEG_INF;
@@ -187,28 +163,28 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
         load_kv(v_cache, pages, n, V_OFFSET);
         pages = page_ids(n - 1);
 
-        float s[2][N_BLOCKS][4];
+        float s[WARP_TILES][N_BLOCKS][4];
         if (active) {
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < WARP_TILES; ++m)
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; ++j)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) s[m][j][e] = 0.f;
 #pragma unroll
             for (int k = 0; k < K_STEPS; ++k) {
-                unsigned q[2][4];
+                unsigned q[WARP_TILES][4];
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
+                for (int m = 0; m < WARP_TILES; ++m)
                     load_matrices(q[m], (q_addr ^ (k * 32)) + m * 16 * ROW_BYTES);
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; j += 2) {
                     unsigned b[4];
                     load_matrices(b, (k_addr ^ (k * 32)) + j * 8 * ROW_BYTES);
 #pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        mma(s[m][j], q[m], b[0], b[1]);
-                        mma(s[m][j + 1], q[m], b[2], b[3]);
+                    for (int m = 0; m < WARP_TILES; ++m) {
+                        mma_bf16(s[m][j], q[m][0], q[m][1], q[m][2], q[m][3], b[0], b[1]);
+                        mma_bf16(s[m][j + 1], q[m][0], q[m][1], q[m][2], q[m][3], b[2], b[3]);
                     }
                 }
             }
@@ -221,10 +197,10 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
         const int col0 = n * TILE_N + (lane & 3) * 2;
         if (n * TILE_N + TILE_N - 1 > warp_first_pos || (window > 0 && n * TILE_N <= warp_last_pos - window)) {
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < WARP_TILES; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int row = min(tile_row + warp * 32 + m * 16 + h * 8 + lane / 4, n_rows - 1);
+                    const int row = min(tile_row + warp * WARP_ROWS + m * 16 + h * 8 + lane / 4, n_rows - 1);
                     const int pos = context - q_len + row / GROUP;
                     const int oldest = window > 0 ? pos - window : -1;
 #pragma unroll
@@ -237,25 +213,25 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
                 }
         }
 
-        unsigned p[2][N_BLOCKS][2];
+        unsigned p[WARP_TILES][N_BLOCKS][2];
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < WARP_TILES; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float top = row_max[m][h];
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; ++j) top = fmaxf(top, fmaxf(s[m][j][2 * h], s[m][j][2 * h + 1]));
-                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
                 // A row that has seen no key yet keeps -inf; 0 in its place keeps exp2 free of NaN.
                 const float top_scaled = top == NEG_INF ? 0.f : top * scale_log2;
-                const float decay = exp2_fast(row_max[m][h] * scale_log2 - top_scaled);
+                const float decay = exp2_approx(row_max[m][h] * scale_log2 - top_scaled);
                 row_max[m][h] = top;
                 float sum = 0.f;
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; ++j) {
-                    const float a = exp2_fast(s[m][j][2 * h] * scale_log2 - top_scaled);
-                    const float b = exp2_fast(s[m][j][2 * h + 1] * scale_log2 - top_scaled);
+                    const float a = exp2_approx(s[m][j][2 * h] * scale_log2 - top_scaled);
+                    const float b = exp2_approx(s[m][j][2 * h + 1] * scale_log2 - top_scaled);
                     sum += a + b;
                     p[m][j][h] = pack_bf16(a, b);
                 }
@@ -269,9 +245,9 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
 
 #pragma unroll
         for (int k = 0; k < TILE_N / 16; ++k) {
-            unsigned a[2][4];
+            unsigned a[WARP_TILES][4];
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < WARP_TILES; ++m) {
                 a[m][0] = p[m][2 * k][0];
                 a[m][1] = p[m][2 * k][1];
                 a[m][2] = p[m][2 * k + 1][0];
@@ -282,9 +258,9 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
                 unsigned b[4];
                 load_matrices_transposed(b, (v_addr ^ (d * 16)) + k * 16 * ROW_BYTES);
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    mma(o[m][d], a[m], b[0], b[1]);
-                    mma(o[m][d + 1], a[m], b[2], b[3]);
+                for (int m = 0; m < WARP_TILES; ++m) {
+                    mma_bf16(o[m][d], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+                    mma_bf16(o[m][d + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
                 }
             }
         }
@@ -293,14 +269,14 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
 
     // Each warp passes its own 32 rows of q's space in shared memory, so that rows leave in 16-byte pieces.
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < WARP_TILES; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float sum = row_sum[m][h];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
             const float inv = sum > 0.f ? 1.f / sum : 0.f;
-            const int row = warp * 32 + m * 16 + h * 8 + lane / 4;
+            const int row = warp * WARP_ROWS + m * 16 + h * 8 + lane / 4;
 #pragma unroll
             for (int d = 0; d < D_BLOCKS; ++d)
                 *(unsigned*)(smem + chunk_offset(row, d) + (lane & 3) * 4) =
@@ -308,9 +284,9 @@ prefill_attention(const bf16_bits* __restrict__ qkv, const bf16_bits* __restrict
         }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
+    for (int i = 0; i < WARP_ROWS * CHUNKS / 32; ++i) {
         const int idx = lane + i * 32;
-        const int row = warp * 32 + idx / CHUNKS, chunk = idx % CHUNKS;
+        const int row = warp * WARP_ROWS + idx / CHUNKS, chunk = idx % CHUNKS;
         const int r = tile_row + row;
         if (r < n_rows)
             *(uint4*)(out + ((long long)(q_begin + r / GROUP) * n_kv * GROUP + kv_head * GROUP + r % GROUP) * HEAD_DIM +

@@ -21,6 +21,8 @@
 // the tensor cores do PV of this one, and with PINGPONG takes turns at the tensor cores with its
 // neighbour, so that one's softmax runs under the other's products.
 
+#include "attention.cuh"
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 #ifndef STAGES
@@ -33,15 +35,11 @@
 #define PINGPONG 1
 #endif
 
-typedef unsigned short bf16_bits;
-typedef unsigned long long u64;
-
-/// What cuTensorMapEncodeTiled fills in (CUtensorMap of cuda.h, which NVRTC does not bring).
+// What cuTensorMapEncodeTiled fills in (CUtensorMap of cuda.h, which NVRTC does not bring).
 struct __align__(64) TensorMap {
     u64 opaque[16];
 };
 
-constexpr int PAGE = 16;
 constexpr int TILE_M = N_CONSUMERS * 64;
 constexpr int TILE_N = 128;
 constexpr int SLABS = HEAD_DIM <= 64 ? 1 : 2;  // 64 columns each: the width of the 128-byte swizzle
@@ -62,7 +60,7 @@ static_assert(N_CONSUMERS == 2 || N_CONSUMERS == 3, "N_CONSUMERS must be 2 or 3"
 
 // Barriers, 8 bytes each.
 constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES,
-              V_EMPTY = V_FULL + STAGES, N_BARRIERS = V_EMPTY + STAGES;
+              V_EMPTY = V_FULL + STAGES;
 // Named barriers (0 is __syncthreads): a warpgroup's turn at the tensor cores, and its own meeting point.
 constexpr int TURN = 1, MEETING = TURN + N_CONSUMERS;
 
@@ -102,8 +100,8 @@ __device__ __forceinline__ void load_box(unsigned dst, const TensorMap* map, int
         : "memory");
 }
 
-/// wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
-/// (read only for the transposed operand, whose columns run over slabs).
+// wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
+// (read only for the transposed operand, whose columns run over slabs).
 __device__ __forceinline__ u64 descriptor(unsigned addr, unsigned slab_bytes) {
     return (u64)((addr & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
@@ -124,7 +122,7 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
            "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/// s[64 x 128] (+)= q[64 x 16] k[128 x 16]^T, both from shared memory.
+// s[64 x 128] (+)= q[64 x 16] k[128 x 16]^T, both from shared memory.
 __device__ __forceinline__ void wgmma_qk(float (&s)[64], u64 q, u64 k, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -132,14 +130,14 @@ __device__ __forceinline__ void wgmma_qk(float (&s)[64], u64 q, u64 k, int accum
         : ACC64(s)
         : "l"(q), "l"(k), "r"(accumulate));
 }
-/// o[64 x 128] += p[64 x 16] v[16 x 128], p from registers.
+// o[64 x 128] += p[64 x 16] v[16 x 128], p from registers.
 __device__ __forceinline__ void wgmma_pv(float (&o)[64], const unsigned* p, u64 v) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGS64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
         : ACC64(o)
         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
-/// o[64 x 64] += p[64 x 16] v[16 x 64].
+// o[64 x 64] += p[64 x 16] v[16 x 64].
 __device__ __forceinline__ void wgmma_pv(float (&o)[32], const unsigned* p, u64 v) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGS32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
@@ -147,23 +145,12 @@ __device__ __forceinline__ void wgmma_pv(float (&o)[32], const unsigned* p, u64 
         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
-    unsigned r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-/// One block's share of the work and the ranges a tile needs.
+// One block's share of the work and the ranges a tile needs.
 struct Tile {
     int kv_head, seq, row, n_rows, q_begin, first_query_pos;  // row: of the sequence; pos of its row 0
     int kv_end, n_first, n_last;                              // tokens read, kv tiles read
 
-    /// False when tile number `round` of this block does not exist or is empty; `done` tells which.
+    // False when tile number `round` of this block does not exist or is empty; `done` tells which.
     __device__ __forceinline__ bool read(int round, const int2* tiles, int n_tiles, int n_kv, const int* cu_seqlens_q,
                                          const int* context_lens, int window, bool& done) {
         const int lane = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -187,28 +174,28 @@ struct Tile {
     }
 };
 
-/// The rows of one consumer thread and their softmax state (rows lane / 4 and lane / 4 + 8 of its warp's 16).
+// The rows of one consumer thread and their softmax state (rows lane / 4 and lane / 4 + 8 of its warp's 16).
 struct Softmax {
     float top[2], sum[2], decay[2];
 
-    /// Masked scores to probabilities; `decay` is what the output so far is to be scaled by.
+    // Masked scores to probabilities; `decay` is what the output so far is to be scaled by.
     __device__ __forceinline__ void step(float (&s)[64], float scale_log2) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float m = top[h];
 #pragma unroll
             for (int j = 0; j < 16; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
             // A row that has seen no key yet keeps -inf; 0 in its place keeps exp2 free of NaN.
             const float m_scaled = m == NEG_INF ? 0.f : m * scale_log2;
-            decay[h] = exp2_fast(top[h] * scale_log2 - m_scaled);
+            decay[h] = exp2_approx(top[h] * scale_log2 - m_scaled);
             top[h] = m;
             float a = 0.f, b = 0.f;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
-                s[4 * j + 2 * h] = exp2_fast(s[4 * j + 2 * h] * scale_log2 - m_scaled);
-                s[4 * j + 2 * h + 1] = exp2_fast(s[4 * j + 2 * h + 1] * scale_log2 - m_scaled);
+                s[4 * j + 2 * h] = exp2_approx(s[4 * j + 2 * h] * scale_log2 - m_scaled);
+                s[4 * j + 2 * h + 1] = exp2_approx(s[4 * j + 2 * h + 1] * scale_log2 - m_scaled);
                 a += s[4 * j + 2 * h];
                 b += s[4 * j + 2 * h + 1];
             }
@@ -217,7 +204,7 @@ struct Softmax {
     }
 };
 
-/// Scores of keys that the rows at positions pos[0], pos[1] may not see become -inf.
+// Scores of keys that the rows at positions pos[0], pos[1] may not see become -inf.
 __device__ __forceinline__ void mask(float (&s)[64], int column, const int (&pos)[2], int window) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -230,7 +217,7 @@ __device__ __forceinline__ void mask(float (&s)[64], int column, const int (&pos
     }
 }
 
-/// Probabilities as the A operand of PV: the accumulator layout of two 8-column blocks is that of one k step.
+// Probabilities as the A operand of PV: the accumulator layout of two 8-column blocks is that of one k step.
 __device__ __forceinline__ void to_bf16(unsigned (&p)[32], const float (&s)[64]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
@@ -250,8 +237,8 @@ __device__ __forceinline__ void issue_pv(float (&o)[D_PADDED / 2], const unsigne
     wgmma_commit();
 }
 
-/// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what a page
-/// holds there (or no load has written) may be NaN. Called by all of a warpgroup.
+// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what a page
+// holds there (or no load has written) may be NaN. Called by all of a warpgroup.
 __device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, int warpgroup) {
     for (int i = n_valid * 8 + thread; i < TILE_N * 8; i += 128)
 #pragma unroll
@@ -264,15 +251,15 @@ __device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, 
 
 extern "C" __global__ void __launch_bounds__((N_CONSUMERS + 1) * 128, 1)
 prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                       const bf16_bits* __restrict__ qkv, bf16_bits* __restrict__ out,
+                       const bf16* __restrict__ qkv, bf16* __restrict__ out,
                        const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
                        const int* __restrict__ block_tables, int block_table_stride, const int2* __restrict__ tiles,
                        int n_tiles, int n_kv, float scale, int window) {
     extern __shared__ unsigned char smem_raw[];
     const unsigned smem = ((unsigned)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
     const unsigned bars = smem + BARRIER_OFFSET;
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+    const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
+    const int warp = __shfl_sync(FULL_WARP, threadIdx.x / 32 % 4, 0);
     const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
 #define BAR(i) (bars + 8 * (i))
 
@@ -288,8 +275,8 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    PDL_TRIGGER();
+    PDL_WAIT();
 
     Tile tile;
     bool done = false;
@@ -335,7 +322,7 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                 for (int i = thread - 32; i < TILE_M * CHUNKS; i += Q_LOADERS) {
                     const int row = i / CHUNKS, chunk = i % CHUNKS;
                     const int r = min(tile.row + row, tile.n_rows - 1);
-                    const bf16_bits* src = qkv + (tile.q_begin + r / GROUP) * stride +
+                    const bf16* src = qkv + (tile.q_begin + r / GROUP) * stride +
                                            (tile.kv_head * GROUP + r % GROUP) * HEAD_DIM + chunk * 8;
                     const unsigned dst =
                         smem + chunk / 8 * Q_SLAB_BYTES + row * 128 + ((chunk % 8 ^ (row & 7)) << 4);
@@ -423,8 +410,8 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float sum = softmax.sum[h];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+                sum += __shfl_xor_sync(FULL_WARP, sum, 2);
                 inv[h] = sum > 0.f ? 1.f / sum : 0.f;
             }
             wgmma_wait<0>();
@@ -436,7 +423,7 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int r = row0 + warp * 16 + lane / 4 + 8 * h;
-                bf16_bits* dst = out + ((long long)(tile.q_begin + r / GROUP) * n_kv * GROUP + tile.kv_head * GROUP +
+                bf16* dst = out + ((long long)(tile.q_begin + r / GROUP) * n_kv * GROUP + tile.kv_head * GROUP +
                                         r % GROUP) * HEAD_DIM;
 #pragma unroll
                 for (int b = 0; b < CHUNKS; b += 4) {
@@ -447,12 +434,12 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                     // Exchange with lane ^ 1, then with lane ^ 2: entry i of lane l goes to entry l of lane i.
 #pragma unroll
                     for (int i = 0; i < 4; i += 2) {
-                        const unsigned got = __shfl_xor_sync(0xffffffffu, lane & 1 ? w[i] : w[i + 1], 1);
+                        const unsigned got = __shfl_xor_sync(FULL_WARP, lane & 1 ? w[i] : w[i + 1], 1);
                         if (lane & 1) w[i] = got; else w[i + 1] = got;
                     }
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const unsigned got = __shfl_xor_sync(0xffffffffu, lane & 2 ? w[i] : w[i + 2], 2);
+                        const unsigned got = __shfl_xor_sync(FULL_WARP, lane & 2 ? w[i] : w[i + 2], 2);
                         if (lane & 2) w[i] = got; else w[i + 2] = got;
                     }
                     if (r < tile.n_rows) *(uint4*)(dst + (b + lane % 4) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
