@@ -20,7 +20,7 @@
 // A block is persistent: it walks tiles of 16 * ROW_TILES weight rows, blockIdx.x first, then steps of the grid.
 // WARPS_K warps share a tile's K; each streams its units (KCHUNKS 16-byte chunks of every row) through a ring of STAGES
 // slots in shared memory by cp.async, across tile boundaries, so that loads stay in flight through reductions and
-// epilogues and, under programmatic dependent launch, fill the ring before the kernel that makes the input has finished.
+// epilogues and, under dependent launch, fill the ring before the kernel that makes the input has finished.
 // Products run on the tensor cores (m16n8k16): weights are the 16-row operand and the batch is the 8 columns, so that
 // 1 to 8 rows cost the same. K may be permuted freely as long as both operands agree: a lane takes 16 contiguous bytes
 // of a weight row, which serve two mma.
