@@ -45,7 +45,7 @@ constexpr int V_OFFSET = K_OFFSET + TILE_N * ROW_BYTES;
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int N_BLOCKS = TILE_N / 8;
 constexpr int D_BLOCKS = HEAD_DIM / 8;
-constexpr float NEG_INF = -__builtin_huge_valf();
+#define NEG_INF __int_as_float(0xff800000)
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128, "HEAD_DIM must be 64, 96 or 128");
 
 // Byte offset of a 16-byte chunk; the XOR spreads the eight rows of an ldmatrix over all banks.

@@ -54,7 +54,7 @@ constexpr int BARRIER_OFFSET = V_OFFSET + STAGES * KV_TILE_BYTES;
 constexpr int Q_LOADERS = 96;
 constexpr int PRODUCER_REGS = 32;
 constexpr int CONSUMER_REGS = N_CONSUMERS == 2 ? 240 : 160;
-constexpr float NEG_INF = -__builtin_huge_valf();
+#define NEG_INF __int_as_float(0xff800000)
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128, "HEAD_DIM must be 64, 96 or 128");
 static_assert(N_CONSUMERS == 2 || N_CONSUMERS == 3, "N_CONSUMERS must be 2 or 3");
 
@@ -362,33 +362,38 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
 
             mbarrier_wait(BAR(Q_FULL), q_phase);
             q_phase ^= 1;
-            {
-                float s[64];
-                mbarrier_wait(BAR(K_FULL + stage), phase);
-                wgmma_fence();
-                issue_qk(s, q, smem + K_OFFSET + stage * KV_TILE_BYTES);
-                wgmma_wait<0>();
-                if (lane == 0) mbarrier_arrive(BAR(K_EMPTY + stage));
-                mask(s, tile.n_last * TILE_N + column0, pos, window);
-                softmax.step(s, scale_log2);
-                to_bf16(p, s);
-            }
+            float s[64];
+            mbarrier_wait(BAR(K_FULL + stage), phase);
+            wgmma_fence();
+            issue_qk(s, q, smem + K_OFFSET + stage * KV_TILE_BYTES);
+            wgmma_wait<0>();
+            if (lane == 0) mbarrier_arrive(BAR(K_EMPTY + stage));
+            mask(s, tile.n_last * TILE_N + column0, pos, window);
+            softmax.step(s, scale_log2);
             const int n_valid = tile.kv_end - tile.n_last * TILE_N;
             if (n_valid < TILE_N) {
                 mbarrier_wait(BAR(V_FULL + stage), phase);
                 clear_tail(smem + V_OFFSET + stage * KV_TILE_BYTES, n_valid, thread, warpgroup);
             }
 
+            // The wait for PV of the tile before stands at the top, a branch away from the softmax that is to run
+            // beside it: in one basic block ptxas moves the wait up to the products.
+            int busy_stage = -1;  // V stage that products in flight read
             for (int n = tile.n_last - 1; n >= tile.n_first; --n) {
-                const int v_stage = stage, v_phase = phase;
+                wgmma_wait<0>();
+                if (lane == 0 && busy_stage >= 0) mbarrier_arrive(BAR(V_EMPTY + busy_stage));
+                to_bf16(p, s);
+#pragma unroll
+                for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
+                const int v_phase = phase;
+                busy_stage = stage;
                 if (++stage == STAGES) stage = 0, phase ^= 1;
-                float s[64];
                 mbarrier_wait(BAR(K_FULL + stage), phase);
+                mbarrier_wait(BAR(V_FULL + busy_stage), v_phase);
                 if (PINGPONG) named_sync(TURN + warpgroup, 256);
                 wgmma_fence();
                 issue_qk(s, q, smem + K_OFFSET + stage * KV_TILE_BYTES);
-                mbarrier_wait(BAR(V_FULL + v_stage), v_phase);
-                issue_pv(o, p, smem + V_OFFSET + v_stage * KV_TILE_BYTES);
+                issue_pv(o, p, smem + V_OFFSET + busy_stage * KV_TILE_BYTES);
                 if (PINGPONG) named_arrive(next_turn, 256);
                 wgmma_wait<1>();
                 if (lane == 0) mbarrier_arrive(BAR(K_EMPTY + stage));
@@ -396,13 +401,13 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                 if (column + TILE_N - 1 > first_pos || (window > 0 && column <= last_pos - window))
                     mask(s, column + column0, pos, window);
                 softmax.step(s, scale_log2);
-                wgmma_wait<0>();
-                if (lane == 0) mbarrier_arrive(BAR(V_EMPTY + v_stage));
-                to_bf16(p, s);
-#pragma unroll
-                for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
             }
             if (lane == 0) mbarrier_arrive(BAR(Q_EMPTY));
+            wgmma_wait<0>();
+            if (lane == 0 && busy_stage >= 0) mbarrier_arrive(BAR(V_EMPTY + busy_stage));
+            to_bf16(p, s);
+#pragma unroll
+            for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
             mbarrier_wait(BAR(V_FULL + stage), phase);
             wgmma_fence();
             issue_pv(o, p, smem + V_OFFSET + stage * KV_TILE_BYTES);
