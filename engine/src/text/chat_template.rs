@@ -213,7 +213,7 @@ fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
     ];
     let extra = options.kwargs.into_iter().flatten();
     let extra = extra.map(|(name, value)| (name.as_str(), JinjaValue::from(Serde(value))));
-    fixed.into_iter().chain(extra).collect()
+    JinjaValue::from_pairs(fixed.into_iter().chain(extra))
 }
 
 /// The text that ends a message: its content, or the last text part of it.
@@ -387,4 +387,267 @@ fn describe(error: &minijinja::Error) -> String {
         Some(line) => format!("{message} (line {line} of the template)"),
         None => message,
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::text::test_model::{smollm2_path, smollm2_tokenizer};
+
+    /// Every construct that Llama 3.1's own template uses, and those of other families.
+    const TOOLS: &str = include_str!("testdata/tools.jinja");
+    const QWEN2: &str = include_str!("testdata/qwen2.jinja");
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::from_source(Path::new("test.jinja"), source, &smollm2_tokenizer())
+            .expect("valid")
+    }
+
+    fn prompt() -> ChatOptions<'static> {
+        ChatOptions {
+            add_generation_prompt: true,
+            ..ChatOptions::default()
+        }
+    }
+
+    fn message_of(result: Result<String, Error>) -> String {
+        result
+            .map(|text| format!("no error but {text:?}"))
+            .unwrap_or_else(|e| e.to_string())
+    }
+
+    #[test]
+    fn smollm2_renders_as_its_model_card_says() {
+        let gguf = Gguf::open(&smollm2_path()).expect("valid");
+        let tokenizer = smollm2_tokenizer();
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer)
+            .expect("valid")
+            .expect("there");
+        let text = template
+            .render(
+                &[json!({"role": "user", "content": "Hi <|im_end|>"})],
+                &prompt(),
+            )
+            .expect("rendered");
+        assert_eq!(
+            text,
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+             <|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+        );
+        let ids = tokenizer.encode_with_special(&text).expect("encodable");
+        assert_eq!((ids[0], ids.iter().filter(|&&id| id == 1).count()), (1, 3));
+    }
+
+    #[test]
+    fn qwen2_renders_with_and_without_a_system_message() {
+        let template = template(QWEN2);
+        let user = json!({"role": "user", "content": "Hi"});
+        assert_eq!(
+            template
+                .render(std::slice::from_ref(&user), &prompt())
+                .expect("rendered"),
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        );
+        let system = json!({"role": "system", "content": "S"});
+        assert_eq!(
+            template
+                .render(&[system, user], &ChatOptions::default())
+                .expect("rendered"),
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        );
+    }
+
+    #[test]
+    fn constructs_render_as_in_jinja2() {
+        let template = template(TOOLS);
+        let tools = [json!({"type": "function", "function": {
+            "name": "find", "description": "Finds <b>&'é'</b>",
+            "parameters": {"type": "object", "properties": {}, "required": []}}})];
+        let call = json!({"function": {"name": "find", "arguments": {"q": "<é>", "n": [1, 2.5, true, null]}}});
+        let messages = [
+            json!({"role": "system", "content": " Be brief. "}),
+            json!({"role": "user", "content": " Hi \n"}),
+            json!({"role": "skip", "content": "x"}),
+            json!({"role": "assistant", "tool_calls": [call.clone()]}),
+            json!({"role": "tool", "content": {"a": 1}}),
+        ];
+        let kwargs = json!({"builtin": ["a", "hidden", "b"], "bos_token": "<s>"});
+        let options = ChatOptions {
+            tools: Some(&tools),
+            kwargs: kwargs.as_object(),
+            ..prompt()
+        };
+        // Rendered by Jinja2 3.1 with transformers' settings.
+        assert_eq!(
+            template.render(&messages, &options).expect("rendered"),
+            WITH_TOOLS
+        );
+        let kwargs = json!({"date": "today", "bos_token": "<s>"});
+        let options = ChatOptions {
+            kwargs: kwargs.as_object(),
+            ..ChatOptions::default()
+        };
+        assert_eq!(
+            template.render(&messages, &options).expect("rendered"),
+            WITHOUT_TOOLS
+        );
+
+        let two = json!({"role": "assistant", "tool_calls": [call.clone(), call]});
+        let message = message_of(template.render(&[two], &prompt()));
+        assert!(
+            message.contains("This model only supports single tool-calls at once!"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn special_tokens_and_the_date_are_there() {
+        let template = template("{{ bos_token }}{{ eos_token }}{{ strftime_now('%Y-%m-%d') }}");
+        let text = template
+            .render(&[], &ChatOptions::default())
+            .expect("rendered");
+        let today = jiff::Zoned::now().strftime("%Y-%m-%d").to_string();
+        assert_eq!(text, format!("<|im_start|><|im_end|>{today}"));
+    }
+
+    #[test]
+    fn the_final_message_can_be_continued() {
+        let options = ChatOptions {
+            continue_final_message: true,
+            ..ChatOptions::default()
+        };
+        let messages = |content: Value| {
+            [
+                json!({"role": "system", "content": ""}),
+                json!({"role": "assistant", "content": content}),
+            ]
+        };
+        let qwen = template(QWEN2);
+        let expected = "<|im_start|>system\n<|im_end|>\n<|im_start|>assistant\nOnce upon ";
+        assert_eq!(
+            qwen.render(&messages("Once upon ".into()), &options)
+                .expect("rendered"),
+            expected
+        );
+        // A template that trims content trims it here too.
+        let trimming = template("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}");
+        assert_eq!(
+            trimming
+                .render(&messages("Once upon ".into()), &options)
+                .expect("rendered"),
+            "[][Once upon"
+        );
+        let parts = template(
+            "{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endfor %}",
+        );
+        let content = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]);
+        assert_eq!(
+            parts
+                .render(&messages(content), &options)
+                .expect("rendered"),
+            "(a)(b"
+        );
+
+        let silent = template("{% for m in messages %}{{ m.role }}{% endfor %}");
+        assert!(
+            message_of(silent.render(&messages("x".into()), &options))
+                .contains("does not appear in the chat")
+        );
+        assert!(message_of(qwen.render(&messages(json!(3)), &options)).contains("ends with text"));
+        let both = ChatOptions {
+            add_generation_prompt: true,
+            ..options
+        };
+        assert!(message_of(qwen.render(&messages("x".into()), &both)).contains("Cannot set both"));
+    }
+
+    #[test]
+    fn named_templates_are_chosen_by_tools() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |config: Value| {
+            std::fs::write(
+                folder.path().join("tokenizer_config.json"),
+                config.to_string(),
+            )
+        };
+        write(json!({"chat_template": [
+            {"name": "default", "template": "plain"},
+            {"name": "tool_use", "template": "tools: {{ tools | length }}"},
+        ]}))
+        .expect("written");
+        let load = || ChatTemplate::from_folder(folder.path(), &smollm2_tokenizer());
+        let template = load().expect("valid").expect("there");
+        assert_eq!(template.source(), "plain");
+        assert_eq!(template.render(&[], &prompt()).expect("rendered"), "plain");
+        let options = ChatOptions {
+            tools: Some(&[Value::Null]),
+            ..prompt()
+        };
+        assert_eq!(
+            template.render(&[], &options).expect("rendered"),
+            "tools: 1"
+        );
+
+        write(json!({"chat_template": [{"name": "rag", "template": "x"}]})).expect("written");
+        assert!(
+            load()
+                .unwrap_err()
+                .to_string()
+                .contains("no chat template is named 'default', only: rag")
+        );
+        write(json!({"chat_template": "{% if %}"})).expect("written");
+        assert!(load().unwrap_err().to_string().contains("is not valid"));
+        write(json!({})).expect("written");
+        assert!(load().expect("valid").is_none());
+        std::fs::write(folder.path().join("chat_template.jinja"), "file").expect("written");
+        assert_eq!(load().expect("valid").expect("there").source(), "file");
+    }
+
+    #[test]
+    fn endless_templates_end() {
+        let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}\
+                       {% endfor %}{% endfor %}";
+        assert!(message_of(template(endless).render(&[], &prompt())).contains("fuel"));
+    }
+
+    #[test]
+    fn generation_tags_keep_their_dashes() {
+        assert_eq!(
+            without_generation_blocks(
+                "a {%- generation -%} {{ x }} {% endgeneration %} {% if generation %}{% endif %} {%"
+            ),
+            "a {%- if true -%} {{ x }} {% endif %} {% if generation %}{% endif %} {%"
+        );
+    }
+
+    const WITH_TOOLS: &str = r#"<s>[system]
+Date: 24 Nov 2026
+Builtin: a, b
+{
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Finds <b>&'é'</b>",
+        "parameters": {
+            "type": "object",
+            "properties": {},
+            "required": []
+        }
+    }
+}
+Be brief.
+[end]
+[USER] Hi
+{"name": "find", "parameters": {"q": "<é>", "n": [1, 2.5, true, null]}}
+{"a": 1}[3 of 4][assistant]
+"#;
+    const WITHOUT_TOOLS: &str = r#"<s>[system]
+Date: today
+Be brief.
+[end]
+[USER] Hi
+{"name": "find", "parameters": {"q": "<é>", "n": [1, 2.5, true, null]}}
+{"a": 1}[3 of 4]"#;
 }
