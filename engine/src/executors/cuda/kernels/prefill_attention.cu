@@ -1,7 +1,7 @@
-// variant: prefill_attention HEAD_DIM=128 GROUP=4
-// variant: prefill_attention HEAD_DIM=64 GROUP=7
-// variant: prefill_attention HEAD_DIM=64 GROUP=3
-// variant: prefill_attention HEAD_DIM=96 GROUP=1
+// variant: llama_3_1_8b HEAD_DIM=128 GROUP=4
+// variant: qwen2_0_5b HEAD_DIM=64 GROUP=7
+// variant: smollm2_135m HEAD_DIM=64 GROUP=3
+// variant: head_dim_96 HEAD_DIM=96 GROUP=1
 //
 // Causal attention of the new tokens of several sequences over their paged KV cache, for every GPU
 // from sm_80 on (mma.sync). A step may mix prompt chunks and single decode rows; this chunk's keys

@@ -1,7 +1,7 @@
-// variant: prefill_attention_sm90 HEAD_DIM=128 GROUP=4
-// variant: prefill_attention_sm90 HEAD_DIM=64 GROUP=7
-// variant: prefill_attention_sm90 HEAD_DIM=64 GROUP=3
-// variant: prefill_attention_sm90 HEAD_DIM=96 GROUP=1
+// variant: llama_3_1_8b HEAD_DIM=128 GROUP=4
+// variant: qwen2_0_5b HEAD_DIM=64 GROUP=7
+// variant: smollm2_135m HEAD_DIM=64 GROUP=3
+// variant: head_dim_96 HEAD_DIM=96 GROUP=1
 //
 // prefill_attention.cu for Hopper (sm_90a only): same inputs, rows, tiles and result; wgmma, tensor
 // memory access and warp specialisation in its place. See there for shapes and the packing of rows.
