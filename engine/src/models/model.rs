@@ -332,3 +332,282 @@ fn token_ids(config: &HfConfig, field: &str) -> Result<Vec<u32>, Error> {
     };
     ids.ok_or_else(|| config.error(format!("'{field}' must be a token id or a list of them")))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        decoder::{LayerWeight, Rope, RopeScaling, Weight},
+        text::{ChatOptions, test_model::smollm2_path},
+    };
+
+    fn llama_config() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "eos_token_id": [7, 8], "bos_token_id": 1,
+        })
+    }
+
+    fn with(mut config: Value, changes: Value) -> Value {
+        if let (Some(config), Value::Object(changes)) = (config.as_object_mut(), changes) {
+            config.extend(changes);
+        }
+        config
+    }
+
+    fn folder(config: &Value) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+        folder
+    }
+
+    fn open_dummy(config: &Value) -> Result<Model, Error> {
+        Model::open(folder(config).path(), LoadFormat::Dummy, 0)
+    }
+
+    fn error_of(config: &Value) -> String {
+        open_dummy(config)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn smollm2_opens_as_it_is() {
+        let model = Model::open(&smollm2_path(), LoadFormat::Auto, 0).expect("valid");
+        let expected = DecoderSpec {
+            architecture: "LlamaForCausalLM".into(),
+            hidden_size: 576,
+            intermediate_size: 1536,
+            n_layers: 30,
+            n_heads: 9,
+            n_kv_heads: 3,
+            head_dim: 64,
+            vocab_size: 49_152,
+            max_position: 8192,
+            norm_eps: 1e-5,
+            rope: Rope {
+                theta: 100_000.0,
+                scaling: RopeScaling::None,
+            },
+            tie_embeddings: true,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: None,
+        };
+        assert_eq!(model.spec, expected);
+        assert_eq!(model.spec.n_parameters(), 134_515_008);
+        assert_eq!(model.file_dtype, "Q4_1");
+        assert_eq!(
+            (
+                model.generation.eos_token_ids,
+                model.generation.bos_token_id
+            ),
+            (vec![2, 0], Some(1))
+        );
+        let template = model.chat_template.expect("there");
+        let text = template.render(
+            &[json!({"role": "user", "content": "Hi"})],
+            &ChatOptions::default(),
+        );
+        assert!(
+            text.expect("rendered")
+                .contains("<|im_start|>user\nHi<|im_end|>")
+        );
+        // Values from PyPI's gguf: row 33 of head 1's q in rotate-half order is stored row 64 + 2 * 1 + 1.
+        let q = model
+            .weights
+            .get(Weight::Layer(0, LayerWeight::QProj))
+            .expect("there");
+        let row = q.rows(64 + 33..64 + 34);
+        let expected = [
+            -0.004_882_812_5,
+            0.047_729_492,
+            -0.057_495_117,
+            0.363_403_32,
+            -0.110_107_42,
+            -0.425_781_25,
+            0.047_729_492,
+        ];
+        for (value, expected) in row.to_f32().iter().zip(expected) {
+            assert!((value - expected).abs() < 1e-6, "{value} is not {expected}");
+        }
+    }
+
+    #[test]
+    fn a_folder_of_config_alone_runs_on_random_weights() {
+        let model = open_dummy(&llama_config()).expect("valid");
+        assert_eq!(model.spec.head_dim, 16);
+        assert_eq!(model.spec.rope.theta, 500_000.0);
+        assert_eq!(
+            (model.file_dtype.as_str(), model.tokenizer.vocab_size()),
+            ("dummy", 300)
+        );
+        assert_eq!(
+            (
+                model.generation.eos_token_ids,
+                model.generation.bos_token_id
+            ),
+            (vec![7, 8], Some(1))
+        );
+        assert!(model.chat_template.is_none());
+        for weight in model.spec.weights() {
+            assert_eq!(
+                Some(model.weights.get(weight).expect("there").shape),
+                model.spec.shape(weight)
+            );
+        }
+    }
+
+    #[test]
+    fn generation_config_is_read() {
+        let folder = folder(&llama_config());
+        let generation = json!({"eos_token_id": 9, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 64,
+            "repetition_penalty": 1.05, "min_p": null, "do_sample": true});
+        std::fs::write(
+            folder.path().join("generation_config.json"),
+            generation.to_string(),
+        )
+        .expect("written");
+        let generation = Model::open(folder.path(), LoadFormat::Dummy, 0)
+            .expect("valid")
+            .generation;
+        let expected = GenerationDefaults {
+            eos_token_ids: vec![9, 7, 8],
+            bos_token_id: Some(1),
+            temperature: Some(0.6),
+            top_p: Some(0.9),
+            top_k: Some(20),
+            min_p: None,
+            repetition_penalty: Some(1.05),
+            max_new_tokens: Some(64),
+        };
+        assert_eq!(generation, expected);
+    }
+
+    #[test]
+    fn architectures_differ_where_they_should() {
+        let spec = |changes: Value| {
+            open_dummy(&with(llama_config(), changes))
+                .map(|model| model.spec)
+                .expect("valid")
+        };
+        let biased =
+            spec(json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}));
+        assert!(biased.qkv_bias && biased.o_bias && biased.mlp_bias && biased.tie_embeddings);
+        let qwen = spec(
+            json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": false}),
+        );
+        assert!(qwen.qkv_bias && !qwen.o_bias && qwen.sliding_window.is_none());
+        let mistral = spec(
+            json!({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "head_dim": 32}),
+        );
+        assert_eq!((mistral.sliding_window, mistral.head_dim), (Some(128), 32));
+
+        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192});
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 8192,
+        };
+        assert_eq!(spec(json!({"rope_scaling": llama3})).rope.scaling, scaling);
+        let newer = spec(
+            json!({"rope_theta": null, "rope_parameters": with(llama3, json!({"rope_theta": 1e6}))}),
+        );
+        assert_eq!(
+            newer.rope,
+            Rope {
+                theta: 1e6,
+                scaling
+            }
+        );
+        let linear = spec(json!({"rope_scaling": {"type": "linear", "factor": 2.0}}));
+        assert_eq!(linear.rope.scaling, RopeScaling::Linear(2.0));
+        assert_eq!(
+            spec(json!({"rope_parameters": {"rope_type": "default"}}))
+                .rope
+                .scaling,
+            RopeScaling::None
+        );
+    }
+
+    #[test]
+    fn config_errors_name_the_field() {
+        let check = |changes: Value, expected: &str| {
+            let message = error_of(&with(llama_config(), changes));
+            assert!(
+                message.contains("config.json: ") && message.contains(expected),
+                "{message:?} lacks {expected:?}"
+            );
+        };
+        check(
+            json!({"architectures": ["BloomForCausalLM"]}),
+            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+        );
+        check(json!({"architectures": null}), "'architectures' must name");
+        check(
+            json!({"hidden_size": "big"}),
+            "'hidden_size' must be a positive integer",
+        );
+        check(
+            json!({"num_hidden_layers": null}),
+            "'num_hidden_layers' is missing",
+        );
+        check(json!({"num_key_value_heads": 3}), "4 heads cannot share 3");
+        check(json!({"hidden_act": "gelu"}), "'hidden_act' is 'gelu'");
+        check(
+            json!({"rope_scaling": {"rope_type": "yarn"}}),
+            "'rope_scaling' is of type 'yarn'",
+        );
+        check(
+            json!({"rope_scaling": {"rope_type": "linear"}}),
+            "'rope_scaling.factor' must be",
+        );
+        check(
+            json!({"quantization_config": {"quant_method": "awq"}}),
+            "quantised (awq)",
+        );
+        check(
+            json!({"eos_token_id": "x"}),
+            "'eos_token_id' must be a token id",
+        );
+        check(
+            json!({"num_hidden_layers": 1u64 << 40}),
+            "'num_hidden_layers' must be",
+        );
+    }
+
+    #[test]
+    fn path_errors_say_what_to_do() {
+        let open = |path: &Path| {
+            Model::open(path, LoadFormat::Auto, 0)
+                .err()
+                .map(|e| e.to_string())
+                .unwrap_or_default()
+        };
+        assert!(
+            open(Path::new("/no/such/model")).contains("/no/such/model: no such file or folder")
+        );
+        let folder = folder(&llama_config());
+        assert!(
+            open(folder.path()).contains("no weights"),
+            "{}",
+            open(folder.path())
+        );
+        std::fs::remove_file(folder.path().join("config.json")).expect("removed");
+        assert!(open(folder.path()).contains("neither config.json nor a .gguf file"));
+        std::fs::write(folder.path().join("a.gguf"), "GGUF").expect("written");
+        assert!(open(folder.path()).contains("a.gguf: "));
+        std::fs::write(folder.path().join("b.gguf"), "GGUF").expect("written");
+        assert!(
+            open(folder.path()).contains("several .gguf files; name one of them: a.gguf, b.gguf")
+        );
+    }
+}

@@ -4,6 +4,8 @@ mod chat_template;
 mod detokenize;
 mod gguf_tokenizer;
 mod stop;
+#[cfg(test)]
+pub(crate) mod test_model;
 mod token_table;
 mod tokenizer;
 

@@ -295,3 +295,164 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
 pub(super) fn added_token(text: &str, special: bool) -> AddedToken {
     AddedToken::from(text, special).normalized(false)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::test_model::{smollm2_path, smollm2_tokenizer};
+
+    #[test]
+    fn smollm2_ids_are_those_of_llama_cpp() {
+        #[derive(serde::Deserialize)]
+        struct Case {
+            text: String,
+            plain: Vec<u32>,
+            parsed: Vec<u32>,
+        }
+        // llama.cpp's `/tokenize` on the same file, with `parse_special` off and on.
+        let cases: Vec<Case> =
+            serde_json::from_str(include_str!("testdata/smollm2_tokens.json")).expect("valid");
+        let tokenizer = smollm2_tokenizer();
+        for Case {
+            text,
+            plain,
+            parsed,
+        } in cases
+        {
+            assert_eq!(
+                tokenizer.encode(&text, true).expect("encodable"),
+                plain,
+                "{text:?}"
+            );
+            assert_eq!(
+                tokenizer.encode_with_special(&text).expect("encodable"),
+                parsed,
+                "{text:?}"
+            );
+            assert_eq!(tokenizer.decode(&plain, true).expect("decodable"), text);
+            assert_eq!(tokenizer.decode(&parsed, false).expect("decodable"), text);
+        }
+        assert_eq!(tokenizer.vocab_size(), 49_152);
+        assert_eq!(tokenizer.bos_token_id(), Some(1));
+        assert_eq!(tokenizer.eos_token_ids(), [2, 0]);
+        assert_eq!(tokenizer.token_piece(1).as_deref(), Some("<|im_start|>"));
+        assert_eq!(tokenizer.token_id("<|im_end|>"), Some(2));
+        assert_eq!(
+            tokenizer.decode(&[1, 504, 2], true).expect("decodable"),
+            "The"
+        );
+        assert_eq!(tokenizer.token_bytes(216), b" ");
+        assert_eq!(tokenizer.token_bytes(1 << 20), b"");
+    }
+
+    #[test]
+    fn our_decoding_is_that_of_tokenizers() {
+        let tokenizer = smollm2_tokenizer();
+        let gguf = Gguf::open(&smollm2_path()).expect("valid");
+        let (theirs, _) = gguf_tokenizer::build(&gguf).expect("valid");
+        // Windows over the vocabulary: broken UTF-8, special tokens and all.
+        for start in (0..49_152u32).step_by(97) {
+            let ids: Vec<u32> = (0..40).map(|i| (start + i * 1_231) % 49_152).collect();
+            for skip in [false, true] {
+                let expected = theirs.decode(&ids, skip).expect("decodable");
+                assert_eq!(
+                    tokenizer.decode(&ids, skip).expect("decodable"),
+                    expected,
+                    "from {start}"
+                );
+            }
+        }
+    }
+
+    /// A folder with tokenizer.json of `model` and the given tokenizer_config.json.
+    fn folder(tokenizer: &tokenizers::Tokenizer, config: &Value) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        tokenizer
+            .save(folder.path().join("tokenizer.json"), false)
+            .expect("written");
+        std::fs::write(
+            folder.path().join("tokenizer_config.json"),
+            config.to_string(),
+        )
+        .expect("written");
+        folder
+    }
+
+    #[test]
+    fn a_folder_says_its_special_tokens() {
+        let mut inner = Tokenizer::byte_level(300).expect("valid").parsing;
+        inner
+            .add_special_tokens([added_token("<s>", true), added_token("</s>", true)])
+            .expect("added");
+        let config = serde_json::json!({"add_bos_token": true, "bos_token": "<s>", "eos_token": {"content": "</s>"}});
+        let tokenizer = Tokenizer::from_folder(folder(&inner, &config).path()).expect("valid");
+        assert_eq!(
+            (tokenizer.bos_token_id(), tokenizer.eos_token_ids()),
+            (Some(300), &[301][..])
+        );
+        assert_eq!(
+            tokenizer.encode("A</s>", false).expect("encodable"),
+            b"A</s>".map(u32::from)
+        );
+        assert_eq!(tokenizer.encode("A", true).expect("encodable"), [300, 65]);
+        assert_eq!(
+            tokenizer.encode_with_special("A</s>").expect("encodable"),
+            [65, 301]
+        );
+        assert_eq!(
+            tokenizer.decode(&[300, 65, 301], false).expect("decodable"),
+            "<s>A</s>"
+        );
+        assert_eq!(
+            tokenizer.decode(&[300, 65, 301], true).expect("decodable"),
+            "A"
+        );
+        assert_eq!(tokenizer.special_token_texts()["eos_token"], "</s>");
+        assert!(tokenizer.is_special(301) && !tokenizer.is_special(65));
+    }
+
+    #[test]
+    fn unusable_tokenizers_say_what_to_do() {
+        let empty = tempfile::tempdir().expect("a folder");
+        let message = Tokenizer::from_folder(empty.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("tokenizer.json: the file is missing; download it"),
+            "{message}"
+        );
+        std::fs::write(empty.path().join("tokenizer.json"), "{}").expect("written");
+        assert!(
+            Tokenizer::from_folder(empty.path())
+                .unwrap_err()
+                .to_string()
+                .contains("not a valid tokenizer")
+        );
+
+        let mut inner = Tokenizer::byte_level(256).expect("valid").parsing;
+        inner.with_decoder(Some(tokenizers::decoders::wordpiece::WordPiece::default()));
+        let wordpiece = folder(&inner, &serde_json::json!({}));
+        let message = Tokenizer::from_folder(wordpiece.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("decoder \"WordPiece\" is not supported"),
+            "{message}"
+        );
+        assert!(Tokenizer::byte_level(255).is_err());
+    }
+
+    #[test]
+    fn the_stand_in_has_a_word_for_every_id() {
+        let tokenizer = Tokenizer::byte_level(1000).expect("valid");
+        assert_eq!(tokenizer.vocab_size(), 1000);
+        assert_eq!(
+            tokenizer.encode("né", true).expect("encodable"),
+            "né".bytes().map(u32::from).collect::<Vec<_>>()
+        );
+        assert_eq!(
+            tokenizer.decode(&[110, 999, 300], true).expect("decodable"),
+            "n w999 w300"
+        );
+    }
+}
