@@ -1,1 +1,36 @@
-//! The tuned executor for NVIDIA GPUs.
+//! The tuned executor for NVIDIA GPUs: own stream, NVRTC kernels, cuBLASLt and CUDA graphs on Burn's CUDA memory.
+//!
+//! - [`CudaExecutor`] runs steps: one upload, one graph (decode) or eager launches (prompt chunks), sampled tokens back.
+//! - `setup` prepares it: `load` (weights), `ops` (kernels by model dimensions), `gemm` (cuBLASLt, timed once),
+//!   `plan` (memory), `graph` (one per batch bucket).
+//! - `forward` is the model: which kernel reads and writes which of `buffers`.
+//! - `inputs` packs a step; `sampling` turns logits into tokens.
+//! - `device`, `memory`, `compile`, `kernel`, `libraries`, `status` wrap the driver, Burn's allocator and NVRTC.
+//!
+//! Everything goes to one stream, in order. Burn's own stream is used for nothing but allocation.
+
+mod buckets;
+mod buffers;
+mod compile;
+mod device;
+mod executor;
+mod forward;
+mod gemm;
+mod graph;
+mod inputs;
+mod kernel;
+mod libraries;
+mod load;
+mod memory;
+mod ops;
+mod plan;
+mod sampling;
+mod setup;
+mod status;
+
+pub use executor::CudaExecutor;
+
+/// Whether a CUDA device and the libraries that this executor needs are there.
+pub fn is_available() -> bool {
+    device::Gpu::open(0).is_ok()
+}

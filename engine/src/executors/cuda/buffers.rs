@@ -1,0 +1,106 @@
+//! [`StepBuffers`]: activations and step state, allocated once for the largest step.
+
+use super::{device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer};
+use crate::{Error, decoder::DecoderSpec};
+
+/// Sizes of the largest step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StepLimits {
+    /// Sequences, rounded up to a bucket.
+    pub(super) max_seqs: usize,
+    /// Query rows.
+    pub(super) max_tokens: usize,
+    /// Pages of the longest context.
+    pub(super) max_blocks: usize,
+    /// Splits of decode attention times sequences, at most.
+    pub(super) max_seq_splits: usize,
+}
+
+impl StepLimits {
+    /// Rows that logits are computed for at once.
+    pub(super) fn logits_rows(&self) -> usize {
+        padded_rows(self.max_seqs)
+    }
+}
+
+/// Device memory of a step. One step uses it at a time: the stream orders steps.
+pub(super) struct StepBuffers {
+    /// What [`super::inputs::StepInputs`] uploads.
+    pub(super) inputs: DeviceBuffer,
+    /// int32 `[max_seqs, max_blocks]`.
+    pub(super) block_tables: DeviceBuffer,
+    /// Residual stream, float32 `[T, hidden]`.
+    pub(super) x: DeviceBuffer,
+    /// Normalised activations, bf16 `[T, hidden]`.
+    pub(super) h: DeviceBuffer,
+    /// bf16 `[T, (n_heads + 2 n_kv_heads) * head_dim]`.
+    pub(super) qkv: DeviceBuffer,
+    /// bf16 `[T, n_heads * head_dim]`.
+    pub(super) attn_out: DeviceBuffer,
+    /// bf16 `[T, 2 * intermediate]`.
+    pub(super) gate_up: DeviceBuffer,
+    /// bf16 `[T, intermediate]`.
+    pub(super) act: DeviceBuffer,
+    /// float32 `[logits_rows, vocab]`.
+    pub(super) logits: DeviceBuffer,
+    /// Token sampled last for each slot, int32 `[max_seqs]`.
+    pub(super) last_tokens: DeviceBuffer,
+    /// Partial results of split decode attention, float32.
+    pub(super) partial_out: DeviceBuffer,
+    /// Their maxima and sums, float32.
+    pub(super) partial_max_sum: DeviceBuffer,
+    /// Splits done, uint32; zero between launches.
+    pub(super) counters: DeviceBuffer,
+}
+
+/// Query heads that one block of decode attention serves.
+pub(super) const HEADS_PER_TILE: usize = 8;
+
+impl StepBuffers {
+    /// Allocates all of it.
+    pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits, layout: &Layout) -> Result<Self, Error> {
+        let rows = padded_rows(limits.max_tokens.max(limits.max_seqs));
+        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
+        let group = spec.n_heads / spec.n_kv_heads;
+        let kv_tiles = spec.n_kv_heads * group.div_ceil(HEADS_PER_TILE);
+        let partials = limits.max_seq_splits * kv_tiles * group.min(HEADS_PER_TILE);
+        // Zeroed: rows past the step's end are computed from what is there, and NaNs would be slow to find.
+        let zeroed = |n_bytes: usize, what: &str| DeviceBuffer::zeroed(gpu, n_bytes, what);
+        Ok(Self {
+            inputs: zeroed(layout.n_bytes(), "the step inputs")?,
+            block_tables: zeroed(limits.max_seqs * limits.max_blocks * 4, "the block tables")?,
+            x: zeroed(rows * spec.hidden_size * 4, "the residual stream")?,
+            h: zeroed(rows * spec.hidden_size * 2, "the normalised activations")?,
+            qkv: zeroed(rows * (q + 2 * kv) * 2, "the q, k and v activations")?,
+            attn_out: zeroed(rows * q * 2, "the attention output")?,
+            gate_up: zeroed(rows * 2 * spec.intermediate_size * 2, "the gate and up activations")?,
+            act: zeroed(rows * spec.intermediate_size * 2, "the MLP activations")?,
+            logits: zeroed(limits.logits_rows() * spec.vocab_size * 4, "the logits")?,
+            last_tokens: zeroed(limits.max_seqs * 4, "the last tokens")?,
+            partial_out: zeroed(partials * spec.head_dim * 4, "the partial attention results")?,
+            partial_max_sum: zeroed(partials * 2 * 4, "the partial attention sums")?,
+            counters: zeroed(limits.max_seqs * kv_tiles * 4, "the attention counters")?,
+        })
+    }
+}
+
+/// The KV cache.
+pub(super) struct KvCache {
+    /// Keys and values of each layer, bf16 `[n_pages, n_kv_heads, 16, head_dim]`.
+    pub(super) layers: Vec<(DeviceBuffer, DeviceBuffer)>,
+}
+
+impl KvCache {
+    /// `n_pages` pages in every layer.
+    pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, n_pages: usize) -> Result<Self, Error> {
+        let n_bytes = n_pages * page_bytes(spec);
+        let cache = || DeviceBuffer::zeroed(gpu, n_bytes, "a layer's KV cache");
+        let layers = (0..spec.n_layers).map(|_| Ok((cache()?, cache()?))).collect::<Result<_, Error>>()?;
+        Ok(Self { layers })
+    }
+}
+
+/// Bytes of one page of one layer's keys (or values).
+pub(super) fn page_bytes(spec: &DecoderSpec) -> usize {
+    spec.n_kv_heads * crate::step::PAGE_SIZE * spec.head_dim * 2
+}

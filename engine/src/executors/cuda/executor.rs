@@ -1,0 +1,193 @@
+//! [`CudaExecutor`]: steps in flight, from upload to sampled tokens.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::sys;
+
+use super::{
+    buckets::bucket_for,
+    device::{Event, Gpu},
+    inputs::{StepInputs, StepShape},
+    sampling::{Sampling, SamplingOutput},
+    setup::{self, Setup},
+    status::Check,
+};
+use crate::{
+    EngineConfig, Error,
+    decoder::DecoderSpec,
+    executors::{Capacity, Executor},
+    step::{StepInput, StepOutput},
+    weights::WeightSource,
+};
+
+/// A step takes longer than this only on a device that hangs.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// Time to poll without sleeping: most steps that are waited for end soon.
+const SPIN: Duration = Duration::from_micros(100);
+
+/// A model on one NVIDIA device.
+pub struct CudaExecutor {
+    // Before `gpu`: dropped while the context is alive.
+    setup: Setup,
+    sampling: Sampling,
+    /// Uploads and completion events of the steps in flight, used in turn.
+    in_flight: [InFlight; 2],
+    next: usize,
+    pending: VecDeque<Pending>,
+    gpu: Gpu,
+}
+
+struct InFlight {
+    inputs: StepInputs,
+    done: Event,
+}
+
+/// A launched step.
+struct Pending {
+    /// Which of [`CudaExecutor::in_flight`].
+    index: usize,
+    output: SamplingOutput,
+}
+
+impl CudaExecutor {
+    /// Loads `weights` onto CUDA device `device` and prepares every batch size.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a library or memory is missing, [`Error::Config`] about an option that cannot be
+    /// honoured, [`Error::Model`] about a weight.
+    pub fn new(
+        spec: &DecoderSpec,
+        weights: &dyn WeightSource,
+        config: &EngineConfig,
+        device: usize,
+    ) -> Result<Self, Error> {
+        let gpu = Gpu::open(device)?;
+        let setup = setup::run(&gpu, spec, weights, config)?;
+        let (limits, layout) = (setup.limits, &setup.forward.layout);
+        let slot = || {
+            let inputs = StepInputs::new(layout, limits.max_seqs, limits.max_blocks)?;
+            Ok::<_, Error>(InFlight { inputs, done: Event::new(false)? })
+        };
+        let in_flight = [slot()?, slot()?];
+        let sampling = Sampling::new(&gpu, spec, limits)?;
+        Ok(Self { setup, sampling, in_flight, next: 0, pending: VecDeque::new(), gpu })
+    }
+
+    /// Puts the packed inputs on the device.
+    fn upload(&self, index: usize, n_bytes: usize, shape: StepShape) -> Result<(), Error> {
+        let inputs = &self.in_flight[index].inputs;
+        let buffers = &self.setup.forward.buffers;
+        let stream = self.gpu.cu_stream();
+        // SAFETY: source and destination are of the same layout; the source is not written before the step is done.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(buffers.inputs.ptr(), inputs.block().cast(), n_bytes, stream) }
+            .check("cuMemcpyHtoDAsync")?;
+        if shape.n_blocks == 0 {
+            return Ok(());
+        }
+        // SAFETY: all zeros is a valid value of this plain struct.
+        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
+        copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
+        copy.srcHost = inputs.block_tables().cast();
+        copy.srcPitch = shape.n_blocks * 4;
+        copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        copy.dstDevice = buffers.block_tables.ptr();
+        copy.dstPitch = self.setup.limits.max_blocks * 4;
+        copy.WidthInBytes = shape.n_blocks * 4;
+        copy.Height = shape.n_seqs;
+        // SAFETY: rows fit their pitch on both sides, and there are at most `max_seqs`.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }.check("cuMemcpy2DAsync")
+    }
+
+    /// Enqueues the forward pass of `step`, logits of the rows to sample included.
+    fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
+        if let Some(bucket) = bucket {
+            return self.setup.graphs[bucket].launch(&self.gpu);
+        }
+        let forward = &mut self.setup.forward;
+        forward.chunks(&self.gpu, shape)?;
+        self.sampling.prompt_logprobs(&self.gpu, forward, step)?;
+        let rows = forward.input(forward.layout.sample_rows);
+        forward.logits(&self.gpu, rows, shape.n_samples)
+    }
+
+    fn check_size(&self, step: &StepInput, shape: StepShape) -> Result<(), Error> {
+        let limits = self.setup.limits;
+        let too_large = step.n_tokens() > limits.max_tokens
+            || shape.n_seqs > limits.max_seqs
+            || shape.n_blocks > limits.max_blocks
+            || self.pending.len() >= self.setup.capacity.max_in_flight;
+        if too_large {
+            return Err(Error::Device(format!("a step is larger than the executor's capacity: {shape:?}")));
+        }
+        Ok(())
+    }
+}
+
+impl Executor for CudaExecutor {
+    fn capacity(&self) -> &Capacity {
+        &self.setup.capacity
+    }
+
+    fn describe(&self) -> String {
+        self.setup.description.clone()
+    }
+
+    fn launch(&mut self, step: StepInput) -> Result<(), Error> {
+        self.gpu.bind()?;
+        let group = self.setup.forward.spec.n_heads / self.setup.forward.spec.n_kv_heads;
+        let shape = StepShape::of(&step, group);
+        self.check_size(&step, shape)?;
+        let wants_prompt = step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some());
+        let bucket = if shape.is_decode() && !wants_prompt && shape.n_seqs > 0 {
+            bucket_for(&self.setup.buckets, shape.n_seqs)
+        } else {
+            None
+        };
+        let index = self.next;
+        self.next = 1 - self.next;
+        let size = bucket.map(|bucket| self.setup.buckets[bucket]);
+        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, &step, shape, size);
+        self.upload(index, n_bytes, shape)?;
+        self.forward(&step, shape, bucket)?;
+        let output = self.sampling.sample(&self.gpu, &self.setup.forward, &step, index)?;
+        self.in_flight[index].done.record(self.gpu.cu_stream())?;
+        self.pending.push_back(Pending { index, output });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, Error> {
+        self.gpu.bind()?;
+        let Some(Pending { index, output }) = self.pending.pop_front() else {
+            return Err(Error::Device("collect was called with no step in flight".into()));
+        };
+        wait(&self.in_flight[index].done)?;
+        Ok(self.sampling.finish(output, index))
+    }
+}
+
+/// Waits for `event`, but not for ever.
+pub(super) fn wait(event: &Event) -> Result<(), Error> {
+    let started = Instant::now();
+    while !event.is_done()? {
+        let elapsed = started.elapsed();
+        if elapsed > TIMEOUT {
+            return Err(Error::Device(format!("the device did not finish a step within {} s", TIMEOUT.as_secs())));
+        }
+        if elapsed > SPIN {
+            std::thread::sleep(Duration::from_micros(20));
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+    Ok(())
+}
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        // Buffers must not be freed under running kernels. A failure leaves nothing to do.
+        let _ = self.gpu.bind().and_then(|()| self.gpu.synchronize());
+    }
+}

@@ -1,0 +1,313 @@
+//! [`Forward`]: the launches of one step, from token ids to logits.
+//!
+//! Steps of up to 8 decoding sequences read each weight once through GEMV kernels that do the norms and activations
+//! on the way; larger ones use cuBLASLt with elementwise kernels between.
+
+use super::{
+    buffers::{KvCache, StepBuffers},
+    device::Gpu,
+    gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
+    inputs::{Layout, StepShape, TokenSections},
+    kernel::Arg::{Float, Int, Ptr},
+    load::{LayerWeights, Weights},
+    memory::DeviceBuffer,
+    ops::{GEMV_ROWS, Gemv, Ops},
+};
+use crate::{Error, decoder::DecoderSpec};
+
+/// All that a step needs but its inputs.
+pub(super) struct Forward {
+    pub(super) spec: DecoderSpec,
+    pub(super) ops: Ops,
+    pub(super) gemm: Gemm,
+    pub(super) weights: Weights,
+    pub(super) buffers: StepBuffers,
+    pub(super) layout: Layout,
+    /// float32 `[max_position, head_dim]`: cosines, then sines.
+    pub(super) cos_sin: DeviceBuffer,
+    /// Set once the memory plan is made; before, nothing reads or writes the cache.
+    pub(super) kv: KvCache,
+    /// Pages of a row of the block tables.
+    pub(super) max_blocks: usize,
+}
+
+/// Rows of a step, by the kernel that attends them.
+#[derive(Debug, Clone, Copy)]
+struct Rows {
+    /// Query rows.
+    n_tokens: usize,
+    /// Leading rows that are one sequence each.
+    n_decode: usize,
+    /// Tiles of the other ones.
+    n_tiles: usize,
+}
+
+impl Forward {
+    /// A decode step of `bucket` sequences, logits included. Its launches depend on `bucket` alone, so it can be
+    /// captured.
+    pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize) -> Result<(), Error> {
+        let tokens = self.layout.decode;
+        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0 };
+        self.embed(gpu, tokens, bucket)?;
+        for layer in 0..self.spec.n_layers {
+            if bucket <= GEMV_ROWS {
+                self.gemv_layer(gpu, layer, rows)?;
+            } else {
+                self.gemm_layer(gpu, layer, rows, tokens)?;
+            }
+        }
+        if bucket <= GEMV_ROWS {
+            let s = &self.spec;
+            let args = [
+                Ptr(self.buffers.x.ptr()),
+                Ptr(self.weights.final_norm.ptr()),
+                Float(s.norm_eps),
+                Ptr(self.weights.lm_head()),
+                Ptr(self.buffers.logits.ptr()),
+                Int(s.vocab_size as i32),
+                Ptr(0),
+                Int(bucket as i32),
+            ];
+            let gemv = &self.ops.gemv_logits;
+            gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
+        } else {
+            self.logits(gpu, 0, bucket)
+        }
+    }
+
+    /// Any step, without its logits.
+    pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
+        let tokens = self.layout.chunk;
+        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles };
+        self.embed(gpu, tokens, shape.n_tokens)?;
+        (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
+    }
+
+    /// Logits of `n` rows of the residual stream, whose numbers are at address `rows` (0: the first `n`).
+    pub(super) fn logits(&mut self, gpu: &Gpu, rows: u64, n: usize) -> Result<(), Error> {
+        if n == 0 {
+            return Ok(());
+        }
+        self.norm(gpu, self.weights.final_norm.ptr(), rows, n)?;
+        let shape = self.logits_shape(n);
+        let operands = Operands { x: self.buffers.h.ptr(), w: self.weights.lm_head(), y: self.buffers.logits.ptr() };
+        self.gemm.run(gpu, shape, operands)
+    }
+
+    /// The products of a layer for `n` rows: q/k/v, o, gate/up, down.
+    pub(super) fn layer_shapes(&self, n: usize) -> [GemmShape; 4] {
+        let s = &self.spec;
+        let (q, kv, m) = (s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim, padded_rows(n));
+        let (h, inter) = (s.hidden_size, s.intermediate_size);
+        [
+            GemmShape { m, n: q + 2 * kv, k: h, output: GemmOutput::Bf16 },
+            GemmShape { m, n: h, k: q, output: GemmOutput::AddF32 },
+            GemmShape { m, n: 2 * inter, k: h, output: GemmOutput::Bf16 },
+            GemmShape { m, n: h, k: inter, output: GemmOutput::AddF32 },
+        ]
+    }
+
+    /// The output projection for `n` rows.
+    pub(super) fn logits_shape(&self, n: usize) -> GemmShape {
+        let s = &self.spec;
+        GemmShape { m: padded_rows(n), n: s.vocab_size, k: s.hidden_size, output: GemmOutput::F32 }
+    }
+
+    /// Address of an input array.
+    pub(super) fn input(&self, section: super::inputs::Section) -> u64 {
+        self.buffers.inputs.ptr() + section.offset()
+    }
+
+    fn embed(&self, gpu: &Gpu, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        let args = [
+            Ptr(self.input(tokens.token_ids)),
+            Ptr(self.buffers.last_tokens.ptr()),
+            Ptr(self.weights.embedding.ptr()),
+            Ptr(self.buffers.x.ptr()),
+            Int(self.spec.hidden_size as i32),
+        ];
+        self.ops.embed.launch(gpu.cu_stream(), self.ops.embed_launch(n), &args)
+    }
+
+    fn norm(&self, gpu: &Gpu, weight: u64, rows: u64, n: usize) -> Result<(), Error> {
+        let args = [
+            Ptr(self.buffers.x.ptr()),
+            Ptr(weight),
+            Ptr(self.buffers.h.ptr()),
+            Int(self.spec.hidden_size as i32),
+            Float(self.spec.norm_eps),
+            Ptr(rows),
+        ];
+        self.ops.rmsnorm.launch(gpu.cu_stream(), self.ops.rmsnorm_launch(n), &args)
+    }
+
+    fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows, tokens: TokenSections) -> Result<(), Error> {
+        let n = rows.n_tokens;
+        let [qkv, o, gate_up, down] = self.layer_shapes(n);
+        let w = &self.weights.layers[layer];
+        let (input_norm, post_norm) = (w.input_norm.ptr(), w.post_attention_norm.ptr());
+        let weights = [w.qkv.ptr(), w.o.ptr(), w.gate_up.ptr(), w.down.ptr()];
+        let b = &self.buffers;
+        let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
+        let (qkv_out, attn_out, gate_up_out) = (b.qkv.ptr(), b.attn_out.ptr(), b.gate_up.ptr());
+
+        self.norm(gpu, input_norm, 0, n)?;
+        self.gemm.run(gpu, qkv, Operands { x: h, w: weights[0], y: qkv_out })?;
+        self.rope_kv(gpu, layer, tokens, n)?;
+        self.decode_attention(gpu, layer, rows.n_decode)?;
+        self.prefill_attention(gpu, layer, rows.n_tiles)?;
+        self.gemm.run(gpu, o, Operands { x: attn_out, w: weights[1], y: x })?;
+        self.norm(gpu, post_norm, 0, n)?;
+        self.gemm.run(gpu, gate_up, Operands { x: h, w: weights[2], y: gate_up_out })?;
+        let inter = self.spec.intermediate_size;
+        let args = [Ptr(gate_up_out), Ptr(act), Int(n as i32), Int(inter as i32)];
+        self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)?;
+        self.gemm.run(gpu, down, Operands { x: act, w: weights[3], y: x })
+    }
+
+    fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+        let (s, ops, b) = (&self.spec, &self.ops, &self.buffers);
+        let w = &self.weights.layers[layer];
+        let n = rows.n_tokens;
+        let n_qkv = (s.n_heads + 2 * s.n_kv_heads) * s.head_dim;
+        let run = |gemv: &Gemv, args: &[super::kernel::Arg]| {
+            gemv.kernel.launch(gpu.cu_stream(), ops.gemv_launch(gemv, n), args)
+        };
+        let (x, n_rows) = (Ptr(b.x.ptr()), Int(n as i32));
+        // The bias is added where q and k are rotated.
+        let qkv_args = [
+            x,
+            Ptr(w.input_norm.ptr()),
+            Float(s.norm_eps),
+            Ptr(w.qkv.ptr()),
+            Ptr(0),
+            Ptr(b.qkv.ptr()),
+            Int(n_qkv as i32),
+            n_rows,
+        ];
+        run(&ops.gemv_qkv, &qkv_args)?;
+        if s.qk_norm {
+            self.rope_kv(gpu, layer, self.layout.decode, n)?;
+            self.decode_attention(gpu, layer, n)?;
+        } else {
+            self.decode_attention_rope(gpu, layer, n)?;
+        }
+        let hidden = Int(s.hidden_size as i32);
+        run(&ops.gemv_o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
+        let gate_up_args = [
+            x,
+            Ptr(w.post_attention_norm.ptr()),
+            Float(s.norm_eps),
+            Ptr(w.gate_up.ptr()),
+            Ptr(b.act.ptr()),
+            Int(s.intermediate_size as i32),
+            n_rows,
+        ];
+        run(&ops.gemv_gate_up, &gate_up_args)?;
+        run(&ops.gemv_down, &[Ptr(b.act.ptr()), Ptr(w.down.ptr()), x, hidden, n_rows])
+    }
+
+    fn rope_kv(&self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        // Before the memory plan there is no cache, and no slot to write to.
+        let (k, v) = self.kv.layers.get(layer).map_or((0, 0), |(k, v)| (k.ptr(), v.ptr()));
+        let w: &LayerWeights = &self.weights.layers[layer];
+        let (q_norm, k_norm) = w.qk_norms();
+        let args = [
+            Ptr(self.buffers.qkv.ptr()),
+            Ptr(w.qkv_bias()),
+            Ptr(self.cos_sin.ptr()),
+            Ptr(self.input(tokens.positions)),
+            Ptr(self.input(tokens.slot_mapping)),
+            Ptr(k),
+            Ptr(v),
+            Int(n as i32),
+            Int(self.spec.n_heads as i32),
+            Int(self.spec.n_kv_heads as i32),
+            Ptr(q_norm),
+            Ptr(k_norm),
+            Float(self.spec.norm_eps),
+        ];
+        self.ops.rope_kv.launch(gpu.cu_stream(), self.ops.rope_kv_launch(n), &args)
+    }
+
+    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
+        let b = &self.buffers;
+        let (k, v) = &self.kv.layers[layer];
+        let args = [
+            Ptr(b.qkv.ptr()),
+            Ptr(self.weights.layers[layer].qkv_bias()),
+            Ptr(self.cos_sin.ptr()),
+            Ptr(b.block_tables.ptr()),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(k.ptr()),
+            Ptr(v.ptr()),
+            Ptr(b.attn_out.ptr()),
+            Ptr(b.partial_out.ptr()),
+            Ptr(b.partial_max_sum.ptr()),
+            Ptr(b.counters.ptr()),
+            Int(self.max_blocks as i32),
+            Int(self.window()),
+            Int(self.ops.min_pages()),
+            Float(self.scale()),
+        ];
+        let kernel = &self.ops.decode_attention_rope;
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+    }
+
+    fn decode_attention(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
+        if n_seqs == 0 {
+            return Ok(());
+        }
+        let b = &self.buffers;
+        let (k, v) = &self.kv.layers[layer];
+        let args = [
+            Ptr(b.qkv.ptr()),
+            Ptr(b.block_tables.ptr()),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(k.ptr()),
+            Ptr(v.ptr()),
+            Ptr(b.attn_out.ptr()),
+            Ptr(b.partial_out.ptr()),
+            Ptr(b.partial_max_sum.ptr()),
+            Ptr(b.counters.ptr()),
+            Int(self.max_blocks as i32),
+            Int(self.window()),
+            Int(self.ops.min_pages()),
+            Float(self.scale()),
+        ];
+        let kernel = &self.ops.decode_attention;
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+    }
+
+    fn prefill_attention(&self, gpu: &Gpu, layer: usize, n_tiles: usize) -> Result<(), Error> {
+        if n_tiles == 0 {
+            return Ok(());
+        }
+        let b = &self.buffers;
+        let (k, v) = &self.kv.layers[layer];
+        let args = [
+            Ptr(b.qkv.ptr()),
+            Ptr(k.ptr()),
+            Ptr(v.ptr()),
+            Ptr(b.attn_out.ptr()),
+            Ptr(self.input(self.layout.cu_seqlens)),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(b.block_tables.ptr()),
+            Int(self.max_blocks as i32),
+            Ptr(self.input(self.layout.tiles)),
+            Float(self.scale()),
+            Int(self.window()),
+        ];
+        let kernel = &self.ops.prefill_attention;
+        kernel.launch(gpu.cu_stream(), self.ops.prefill_attention_launch(n_tiles), &args)
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.spec.head_dim as f32).sqrt()
+    }
+
+    /// Tokens that attention sees; 0 for all.
+    fn window(&self) -> i32 {
+        self.spec.sliding_window.unwrap_or(0) as i32
+    }
+}

@@ -1,0 +1,341 @@
+//! [`StepInputs`]: what a step uploads, packed into one pinned block that mirrors one device block.
+//!
+//! The block starts with what a decode step needs, each array at its place for the largest batch, so that addresses
+//! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
+
+use super::memory::PinnedBuffer;
+use crate::step::StepInput;
+
+/// Query rows of one tile of the prefill kernel, heads packed in.
+pub(super) const TILE_ROWS: usize = 128;
+
+/// An array of 4-byte numbers in the block: where it starts and how many it holds, in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Section {
+    start: usize,
+    len: usize,
+}
+
+impl Section {
+    /// Bytes from the block's start.
+    pub(super) fn offset(self) -> u64 {
+        (self.start * 4) as u64
+    }
+
+    /// The array in the block.
+    fn of(self, block: &mut [i32]) -> &mut [i32] {
+        &mut block[self.start..self.start + self.len]
+    }
+}
+
+/// Where everything is. Sections are 16-byte aligned.
+#[derive(Debug, Clone)]
+pub(super) struct Layout {
+    /// Tokens in the cache of each sequence, 0 for padding.
+    pub(super) context_lens: Section,
+    /// Rows of the residual stream to sample.
+    pub(super) sample_rows: Section,
+    /// Token ids, positions and cache slots of a decode step: one row a sequence.
+    pub(super) decode: TokenSections,
+    /// The same of a step with prompt chunks.
+    pub(super) chunk: TokenSections,
+    /// First query row of each sequence, and the end.
+    pub(super) cu_seqlens: Section,
+    /// Pairs (sequence, first row of the tile).
+    pub(super) tiles: Section,
+    /// Numbers in the block.
+    n_words: usize,
+    /// Numbers that a decode step uploads.
+    n_decode_words: usize,
+}
+
+/// Per-token arrays.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TokenSections {
+    /// Ids; negative ones name a slot whose last token is meant.
+    pub(super) token_ids: Section,
+    /// Positions in the sequence.
+    pub(super) positions: Section,
+    /// `page * 16 + offset`, -1 for padding.
+    pub(super) slot_mapping: Section,
+}
+
+impl Layout {
+    /// For up to `max_seqs` sequences (a bucket) and `max_tokens` rows; `group` query heads share a kv head.
+    pub(super) fn new(max_seqs: usize, max_tokens: usize, group: usize) -> Self {
+        let mut end = 0;
+        let mut section = |len: usize| {
+            let start = end;
+            end += len.next_multiple_of(4);
+            Section { start, len }
+        };
+        let tokens = |n: usize, section: &mut dyn FnMut(usize) -> Section| TokenSections {
+            token_ids: section(n),
+            positions: section(n),
+            slot_mapping: section(n),
+        };
+        let context_lens = section(max_seqs);
+        let sample_rows = section(max_seqs);
+        let decode = tokens(max_seqs, &mut section);
+        let n_decode_words = decode.slot_mapping.start + max_seqs.next_multiple_of(4);
+        let chunk = tokens(max_tokens, &mut section);
+        let cu_seqlens = section(max_seqs + 1);
+        let tiles = section(2 * max_tiles(max_seqs, max_tokens, group));
+        let n_words = end;
+        Self { context_lens, sample_rows, decode, chunk, cu_seqlens, tiles, n_words, n_decode_words }
+    }
+
+    /// Bytes of the block.
+    pub(super) fn n_bytes(&self) -> usize {
+        self.n_words * 4
+    }
+}
+
+/// Most tiles a step can have.
+fn max_tiles(max_seqs: usize, max_tokens: usize, group: usize) -> usize {
+    max_tokens * group / TILE_ROWS + max_seqs + 1
+}
+
+/// A step as the executor runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct StepShape {
+    /// Query rows.
+    pub(super) n_tokens: usize,
+    /// Sequences.
+    pub(super) n_seqs: usize,
+    /// Leading sequences of one row.
+    pub(super) n_decode: usize,
+    /// Tiles of prompt chunks.
+    pub(super) n_tiles: usize,
+    /// Rows to sample.
+    pub(super) n_samples: usize,
+    /// Longest block table.
+    pub(super) n_blocks: usize,
+    /// Query heads that share a kv head.
+    pub(super) group: usize,
+}
+
+impl StepShape {
+    /// Of `step`; `group` query heads share a kv head.
+    pub(super) fn of(step: &StepInput, group: usize) -> Self {
+        let n_decode = step.seqs.iter().take_while(|seq| seq.query_len == 1).count();
+        Self {
+            n_tokens: step.n_tokens(),
+            n_seqs: step.seqs.len(),
+            n_decode,
+            n_tiles: step.seqs[n_decode..].iter().map(|seq| n_tiles(seq.query_len, group)).sum(),
+            n_samples: step.samples.len(),
+            n_blocks: step.seqs.iter().map(|seq| seq.block_table.len()).max().unwrap_or(0),
+            group,
+        }
+    }
+
+    /// Whether every sequence decodes one token and is sampled: what a CUDA graph runs.
+    pub(super) fn is_decode(&self) -> bool {
+        self.n_decode == self.n_seqs && self.n_samples == self.n_seqs
+    }
+}
+
+/// Tiles of a prompt chunk of `query_len` rows.
+fn n_tiles(query_len: u32, group: usize) -> usize {
+    (query_len as usize * group).div_ceil(TILE_ROWS)
+}
+
+/// The pinned blocks of one step in flight.
+pub(super) struct StepInputs {
+    block: PinnedBuffer,
+    block_tables: PinnedBuffer,
+}
+
+impl StepInputs {
+    /// For steps of `layout` with `max_seqs` block tables of `max_blocks` pages.
+    pub(super) fn new(layout: &Layout, max_seqs: usize, max_blocks: usize) -> Result<Self, crate::Error> {
+        Ok(Self {
+            block: PinnedBuffer::new(layout.n_bytes())?,
+            block_tables: PinnedBuffer::new(max_seqs * max_blocks * 4)?,
+        })
+    }
+
+    /// Packs `step`. `bucket`: sequences that a graph runs, the last ones padding.
+    /// Returns the bytes of the block that the step needs on the device.
+    pub(super) fn pack(&mut self, layout: &Layout, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> usize {
+        pack_block(self.block.as_mut_slice(), layout, step, bucket);
+        pack_block_tables(self.block_tables.as_mut_slice(), step, shape.n_blocks);
+        match bucket {
+            Some(_) => layout.n_decode_words * 4,
+            None => {
+                let tiles = layout.tiles.of(self.block.as_mut_slice());
+                (layout.tiles.start + pack_tiles(tiles, step, shape)) * 4
+            }
+        }
+    }
+
+    /// The packed block.
+    pub(super) fn block(&self) -> *const u8 {
+        self.block.ptr()
+    }
+
+    /// Block tables, `[n_seqs, shape.n_blocks]`.
+    pub(super) fn block_tables(&self) -> *const u8 {
+        self.block_tables.ptr()
+    }
+}
+
+/// Everything but tiles and block tables.
+fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Option<usize>) {
+    let n_rows = bucket.unwrap_or(step.seqs.len());
+    let fill = |to: &mut [i32], values: &mut dyn Iterator<Item = i32>, n: usize, padding: i32| {
+        to[..n].iter_mut().for_each(|to| *to = values.next().unwrap_or(padding));
+    };
+    let last_row = |row: &crate::step::SampleRow| {
+        let seq = &step.seqs[row.seq];
+        (seq.query_start + seq.query_len - 1) as i32
+    };
+    fill(layout.context_lens.of(block), &mut step.seqs.iter().map(|s| s.context_len as i32), n_rows, 0);
+    let n_samples = bucket.unwrap_or(step.samples.len());
+    fill(layout.sample_rows.of(block), &mut step.samples.iter().map(last_row), n_samples, 0);
+    let (sections, n_tokens) = match bucket {
+        Some(bucket) => (layout.decode, bucket),
+        None => (layout.chunk, step.n_tokens()),
+    };
+    fill(sections.token_ids.of(block), &mut step.token_ids.iter().copied(), n_tokens, 0);
+    fill(sections.positions.of(block), &mut step.positions.iter().map(|&p| p as i32), n_tokens, 0);
+    fill(sections.slot_mapping.of(block), &mut step.slot_mapping.iter().map(|&s| s as i32), n_tokens, -1);
+    if bucket.is_none() {
+        let starts = step.seqs.iter().map(|s| s.query_start as i32).chain([step.n_tokens() as i32]);
+        fill(layout.cu_seqlens.of(block), &mut { starts }, step.seqs.len() + 1, 0);
+    }
+}
+
+fn pack_block_tables(tables: &mut [i32], step: &StepInput, n_blocks: usize) {
+    for (row, seq) in tables.chunks_exact_mut(n_blocks.max(1)).zip(&step.seqs) {
+        let pages = step.pages(seq);
+        row.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
+    }
+}
+
+/// Tiles of the prompt chunks, longest context first so that the last blocks to run are short ones. Returns the
+/// numbers written.
+fn pack_tiles(tiles: &mut [i32], step: &StepInput, shape: StepShape) -> usize {
+    let mut order = Vec::with_capacity(shape.n_tiles);
+    for (i, seq) in step.seqs.iter().enumerate().skip(shape.n_decode) {
+        let n_tiles = n_tiles(seq.query_len, shape.group);
+        let before = seq.context_len - seq.query_len;
+        order.extend((0..n_tiles).map(|tile| {
+            let row = tile * TILE_ROWS;
+            let last_query = ((row + TILE_ROWS) / shape.group).min(seq.query_len as usize);
+            (before as usize + last_query, i, row)
+        }));
+    }
+    order.sort_by_key(|&(context, ..)| std::cmp::Reverse(context));
+    for (pair, (_, seq, row)) in tiles.chunks_exact_mut(2).zip(&order) {
+        pair.copy_from_slice(&[*seq as i32, *row as i32]);
+    }
+    order.len() * 2
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::step::{SampleRow, StepSeq};
+
+    const GROUP: usize = 4;
+
+    /// Sequences of (query_len, context_len), all sampled; pages are numbered through.
+    fn step(seqs: &[(u32, u32)]) -> StepInput {
+        let mut step = StepInput::default();
+        for (i, &(query_len, context_len)) in seqs.iter().enumerate() {
+            let start = step.token_ids.len() as u32;
+            let first_page = step.block_tables.len() as u32;
+            for position in context_len - query_len..context_len {
+                step.token_ids.push(100 + position as i32);
+                step.positions.push(position);
+                step.slot_mapping.push((first_page + position / 16) * 16 + position % 16);
+            }
+            let n_pages = context_len.div_ceil(16);
+            step.block_tables.extend(first_page..first_page + n_pages);
+            step.seqs.push(StepSeq {
+                slot: i as u32,
+                query_start: start,
+                query_len,
+                context_len,
+                block_table: first_page as usize..(first_page + n_pages) as usize,
+                prompt_logprobs: None,
+            });
+            step.samples.push(SampleRow {
+                seq: i,
+                seq_id: i as u64,
+                params: Arc::default(),
+                seed: 0,
+                n_output: 0,
+                banned: None,
+                history: None,
+            });
+        }
+        step
+    }
+
+    #[test]
+    fn sections_do_not_overlap_and_decode_comes_first() {
+        let layout = Layout::new(9, 100, GROUP);
+        let l = &layout;
+        let sections = [
+            l.context_lens,
+            l.sample_rows,
+            l.decode.token_ids,
+            l.decode.positions,
+            l.decode.slot_mapping,
+            l.chunk.token_ids,
+            l.chunk.positions,
+            l.chunk.slot_mapping,
+            l.cu_seqlens,
+            l.tiles,
+        ];
+        for pair in sections.windows(2) {
+            assert!(pair[0].start + pair[0].len <= pair[1].start);
+            assert_eq!(pair[1].offset() % 16, 0);
+        }
+        assert_eq!(l.n_decode_words, l.chunk.token_ids.start);
+        assert!(l.tiles.start + l.tiles.len <= l.n_words);
+    }
+
+    #[test]
+    fn decode_steps_are_padded_to_the_bucket() {
+        let layout = Layout::new(16, 64, GROUP);
+        let step = step(&[(1, 5), (1, 17), (1, 1)]);
+        let shape = StepShape::of(&step, GROUP);
+        assert!(shape.is_decode());
+        let mut block = vec![7; layout.n_words];
+        pack_block(&mut block, &layout, &step, Some(4));
+        assert_eq!(layout.context_lens.of(&mut block)[..5], [5, 17, 1, 0, 7]);
+        assert_eq!(layout.decode.positions.of(&mut block)[..5], [4, 16, 0, 0, 7]);
+        assert_eq!(layout.decode.slot_mapping.of(&mut block)[..5], [4, 32, 48, -1, 7]);
+        assert_eq!(layout.sample_rows.of(&mut block)[..4], [0, 1, 2, 0]);
+        let mut tables = vec![-1; 16 * 2];
+        pack_block_tables(&mut tables, &step, shape.n_blocks);
+        assert_eq!(tables[..6], [0, -1, 1, 2, 3, -1]);
+    }
+
+    #[test]
+    fn tiles_cover_every_chunk_row_once() {
+        let step = step(&[(1, 50), (1, 3), (40, 40), (100, 500), (2, 2)]);
+        let shape = StepShape::of(&step, GROUP);
+        assert_eq!((shape.n_decode, shape.n_tokens, shape.n_blocks), (2, 144, 32));
+        assert!(!shape.is_decode());
+        let mut tiles = vec![0; 2 * max_tiles(5, 144, GROUP)];
+        let n = pack_tiles(&mut tiles, &step, shape);
+        assert_eq!(n, 2 * shape.n_tiles);
+        let mut pairs: Vec<_> = tiles[..n].chunks(2).map(|p| (p[0], p[1])).collect();
+        assert_eq!(pairs[0].0, 3, "the longest context comes first");
+        pairs.sort();
+        let expected = [(2, 0), (2, 128), (3, 0), (3, 128), (3, 256), (3, 384), (4, 0)];
+        assert_eq!(pairs, expected);
+        let layout = Layout::new(5, 144, GROUP);
+        let mut block = vec![0; layout.n_words];
+        pack_block(&mut block, &layout, &step, None);
+        assert_eq!(layout.cu_seqlens.of(&mut block), [0, 1, 2, 42, 142, 144]);
+        assert_eq!(layout.sample_rows.of(&mut block), [0, 1, 41, 141, 143]);
+    }
+}

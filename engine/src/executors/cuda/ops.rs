@@ -1,0 +1,231 @@
+//! [`Ops`]: the kernels of a model, compiled for its dimensions, with the geometry each is launched with.
+
+use super::{
+    buffers::HEADS_PER_TILE,
+    compile::{self, Variant},
+    device::Gpu,
+    kernel::{Kernel, Launch},
+};
+use crate::{Error, decoder::DecoderSpec};
+
+/// Threads of an elementwise block.
+const ELEMENTWISE: u32 = 256;
+/// Warps of a GEMV block, stages of its ring and 16-byte chunks of a stage's row: the kernel's own defaults.
+const GEMV_WARPS: usize = 8;
+const GEMV_STAGES: usize = 6;
+const GEMV_CHUNKS: usize = 8;
+/// Most rows of a GEMV.
+pub(super) const GEMV_ROWS: usize = 8;
+/// Warps of a decode attention block, and the pages that make a split worth its while: one a warp.
+const DECODE_WARPS: usize = 4;
+/// Decode attention blocks aimed at on each multiprocessor.
+const DECODE_BLOCKS_PER_SM: usize = 4;
+/// Most splits of a context.
+const MAX_SPLITS: usize = 64;
+
+/// A GEMV and its grid.
+pub(super) struct Gemv {
+    pub(super) kernel: Kernel,
+    n_blocks: u32,
+}
+
+/// All kernels of a model.
+pub(super) struct Ops {
+    pub(super) embed: Kernel,
+    pub(super) rmsnorm: Kernel,
+    pub(super) rope_kv: Kernel,
+    pub(super) silu_mul: Kernel,
+    pub(super) decode_attention: Kernel,
+    pub(super) decode_attention_rope: Kernel,
+    pub(super) prefill_attention: Kernel,
+    pub(super) gemv_qkv: Gemv,
+    pub(super) gemv_o: Gemv,
+    pub(super) gemv_gate_up: Gemv,
+    pub(super) gemv_down: Gemv,
+    pub(super) gemv_logits: Gemv,
+    /// Whether kernels start before the one ahead of them has ended.
+    dependent: bool,
+    n_sms: usize,
+    hidden: usize,
+    n_heads: usize,
+    n_kv: usize,
+    head_dim: usize,
+}
+
+/// The variants to compile, in the order that [`Ops::new`] takes them.
+pub(super) fn variants(spec: &DecoderSpec) -> Vec<Variant> {
+    let (head_dim, group) = (spec.head_dim, spec.n_heads / spec.n_kv_heads);
+    let gemv = |kind: &str, k: usize| Variant::new(&compile::GEMV, &[(kind, 1), ("K", k), ("WARPS_K", warps_k(k))]);
+    let (q, h, inter) = (spec.n_heads * head_dim, spec.hidden_size, spec.intermediate_size);
+    vec![
+        Variant::new(&compile::EMBED, &[]),
+        Variant::new(
+            &compile::RMSNORM,
+            &[("BLOCK", ELEMENTWISE as usize), ("CHUNKS", h.div_ceil(8 * ELEMENTWISE as usize))],
+        ),
+        match spec.qk_norm {
+            true => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim), ("QK_NORM", 1)]),
+            false => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim)]),
+        },
+        Variant::new(&compile::SILU_MUL, &[]),
+        Variant::new(
+            &compile::DECODE_ATTENTION,
+            &[("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS)],
+        ),
+        Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
+        gemv("GEMV_NORM", h),
+        gemv("GEMV_RESIDUAL", q),
+        gemv("GEMV_GATE_UP", h),
+        gemv("GEMV_RESIDUAL", inter),
+        gemv("GEMV_LOGITS", h),
+    ]
+}
+
+/// Warps that share a row of `k` weights: as many as can each fill their ring.
+fn warps_k(k: usize) -> usize {
+    let units = k.div_ceil(8 * GEMV_CHUNKS);
+    let mut warps = GEMV_WARPS;
+    while warps > 1 && units.div_ceil(warps) < GEMV_STAGES {
+        warps /= 2;
+    }
+    warps
+}
+
+/// Dynamic shared memory of a GEMV block.
+fn gemv_shared(n_rows: usize) -> u32 {
+    (GEMV_WARPS * (GEMV_STAGES * GEMV_CHUNKS * 256 + 32 + 128 * n_rows)) as u32
+}
+
+/// Dynamic shared memory of a prefill attention block.
+fn prefill_shared(head_dim: usize) -> u32 {
+    (128 + 2 * 64) * if head_dim <= 64 { 128 } else { 256 }
+}
+
+impl Ops {
+    /// Compiles (or takes from the cache) and loads all kernels.
+    pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Self, Error> {
+        let cubins = compile::compile(&variants(spec), &gpu.arch())?;
+        gpu.bind()?;
+        let one = |i: usize, name: &'static str| -> Result<Kernel, Error> {
+            let [kernel] = Kernel::load(&cubins[i], [name])?;
+            Ok(kernel)
+        };
+        let [decode_attention, decode_attention_rope] =
+            Kernel::load(&cubins[4], ["decode_attention", "decode_attention_rope"])?;
+        let prefill_attention = one(5, "prefill_attention")?;
+        prefill_attention.allow_shared(prefill_shared(spec.head_dim))?;
+        // `n_out` rows of weights; a tile is 16.
+        let gemv = |i: usize, name: &'static str, n_out: usize, k: usize| -> Result<Gemv, Error> {
+            let kernel = one(i, name)?;
+            kernel.allow_shared(gemv_shared(GEMV_ROWS))?;
+            let resident = kernel.blocks_per_sm(GEMV_WARPS as u32 * 32, gemv_shared(1))? * gpu.n_sms;
+            let n_tiles = n_out.div_ceil(16).div_ceil(GEMV_WARPS / warps_k(k));
+            Ok(Gemv { kernel, n_blocks: resident.min(n_tiles as u32) })
+        };
+        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
+        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+        Ok(Self {
+            embed: one(0, "embed_gather")?,
+            rmsnorm: one(1, "rmsnorm")?,
+            rope_kv: one(2, "rope_kv_write")?,
+            silu_mul: one(3, "silu_mul")?,
+            decode_attention,
+            decode_attention_rope,
+            prefill_attention,
+            gemv_qkv: gemv(6, "gemv_norm", q + 2 * kv, h)?,
+            gemv_o: gemv(7, "gemv_residual", h, q)?,
+            gemv_gate_up: gemv(8, "gemv_gate_up", 2 * inter, h)?,
+            gemv_down: gemv(9, "gemv_residual", h, inter)?,
+            gemv_logits: gemv(10, "gemv_logits", spec.vocab_size, h)?,
+            dependent: gpu.capability.0 >= 9,
+            n_sms: gpu.n_sms as usize,
+            hidden: h,
+            n_heads: spec.n_heads,
+            n_kv: spec.n_kv_heads,
+            head_dim: spec.head_dim,
+        })
+    }
+
+    fn launch(&self, grid: [u32; 3], block: u32) -> Launch {
+        Launch { grid, block, shared_bytes: 0, dependent: self.dependent }
+    }
+
+    /// For `embed_gather`, the first kernel of a step: it waits for all of the step before.
+    pub(super) fn embed_launch(&self, n_tokens: usize) -> Launch {
+        let block = (self.hidden / 8).next_multiple_of(32).min(256) as u32;
+        Launch { dependent: false, ..self.launch([n_tokens as u32, 1, 1], block) }
+    }
+
+    /// For `rmsnorm`.
+    pub(super) fn rmsnorm_launch(&self, n_rows: usize) -> Launch {
+        self.launch([n_rows as u32, 1, 1], ELEMENTWISE)
+    }
+
+    /// For `rope_kv_write`.
+    pub(super) fn rope_kv_launch(&self, n_tokens: usize) -> Launch {
+        let lanes = if self.head_dim > 128 { 16 } else if self.head_dim > 64 { 8 } else { 4 };
+        let n_threads = n_tokens * (self.n_heads + 2 * self.n_kv) * lanes;
+        self.launch([n_threads.div_ceil(ELEMENTWISE as usize) as u32, 1, 1], ELEMENTWISE)
+    }
+
+    /// For `silu_mul`.
+    pub(super) fn silu_mul_launch(&self, n_tokens: usize, inter: usize) -> Launch {
+        self.launch([(inter / 8).div_ceil(ELEMENTWISE as usize) as u32, n_tokens.min(65_535) as u32, 1], ELEMENTWISE)
+    }
+
+    /// For a GEMV of `n_rows` rows.
+    pub(super) fn gemv_launch(&self, gemv: &Gemv, n_rows: usize) -> Launch {
+        let shared_bytes = gemv_shared(n_rows);
+        Launch { shared_bytes, ..self.launch([gemv.n_blocks, 1, 1], GEMV_WARPS as u32 * 32) }
+    }
+
+    /// For both decode attentions.
+    pub(super) fn decode_attention_launch(&self, n_seqs: usize) -> Launch {
+        let kv_tiles = kv_tiles(self.n_heads, self.n_kv);
+        let grid = [n_splits(n_seqs, kv_tiles, self.n_sms) as u32, kv_tiles as u32, n_seqs as u32];
+        self.launch(grid, DECODE_WARPS as u32 * 32)
+    }
+
+    /// Fewest pages of a split.
+    pub(super) fn min_pages(&self) -> i32 {
+        DECODE_WARPS as i32
+    }
+
+    /// For `prefill_attention`.
+    pub(super) fn prefill_attention_launch(&self, n_tiles: usize) -> Launch {
+        let shared_bytes = prefill_shared(self.head_dim);
+        Launch { shared_bytes, ..self.launch([self.n_kv as u32, n_tiles as u32, 1], 128) }
+    }
+}
+
+fn kv_tiles(n_heads: usize, n_kv: usize) -> usize {
+    n_kv * (n_heads / n_kv).div_ceil(HEADS_PER_TILE)
+}
+
+/// Parts that decode attention cuts each context into: enough blocks to fill the device.
+fn n_splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> usize {
+    (n_sms * DECODE_BLOCKS_PER_SM).div_ceil(n_seqs * kv_tiles).clamp(1, MAX_SPLITS)
+}
+
+/// Most splits of all sequences together, for batches to `max_seqs`.
+pub(super) fn max_seq_splits(spec: &DecoderSpec, max_seqs: usize, n_sms: u32) -> usize {
+    let kv_tiles = kv_tiles(spec.n_heads, spec.n_kv_heads);
+    (1..=max_seqs).map(|n| n * n_splits(n, kv_tiles, n_sms as usize)).max().unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_fill_the_device_and_no_more() {
+        assert_eq!(n_splits(1, 8, 132), 64);
+        assert_eq!(n_splits(16, 8, 132), 5);
+        assert_eq!(n_splits(256, 8, 132), 1);
+    }
+
+    #[test]
+    fn warps_share_long_rows_only() {
+        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(warps_k), [1, 1, 2, 8, 8, 8]);
+    }
+}
