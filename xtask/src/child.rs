@@ -69,12 +69,14 @@ impl Guarded {
             sleep(POLL);
         }
         self.signal("KILL");
+        // Should the shell have failed, the wait must still end.
+        self.0.kill()?;
         Ok(self.0.wait()?)
     }
 
     fn signal(&self, name: &str) {
         // The shell's own `kill`: minimal machines lack the program.
-        let script = format!("kill -{name} -- -{}", self.0.id());
+        let script = format!("kill -s {name} -- -{}", self.0.id());
         let _ = Command::new("sh")
             .args(["-c", &script])
             .stderr(Stdio::null())

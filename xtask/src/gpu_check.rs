@@ -334,7 +334,7 @@ impl Check<'_> {
         ]);
         command
             .arg(self.args.bin_dir.join("ember"))
-            .args(["cuda-test", "--quick"]);
+            .arg("cuda-test");
         child::run_ok(
             &mut command,
             &self.interrupt,
