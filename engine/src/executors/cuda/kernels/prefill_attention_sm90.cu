@@ -52,8 +52,12 @@ constexpr int K_OFFSET = SLABS * Q_SLAB_BYTES;
 constexpr int V_OFFSET = K_OFFSET + STAGES * KV_TILE_BYTES;
 constexpr int BARRIER_OFFSET = V_OFFSET + STAGES * KV_TILE_BYTES;
 constexpr int Q_LOADERS = 96;
-constexpr int PRODUCER_REGS = 32;
-constexpr int CONSUMER_REGS = N_CONSUMERS == 2 ? 240 : 160;
+// The registers a block may share out are those it was launched with, LAUNCH_REGS a thread, not those of the
+// multiprocessor: one more asked for and the last setmaxnreg.inc waits for ever.
+constexpr int LAUNCH_REGS = 65536 / ((N_CONSUMERS + 1) * 128) / 8 * 8;
+constexpr int PRODUCER_REGS = N_CONSUMERS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGS = N_CONSUMERS == 2 ? 232 : 160;
+static_assert(PRODUCER_REGS + N_CONSUMERS * CONSUMER_REGS <= (N_CONSUMERS + 1) * LAUNCH_REGS, "more than the pool");
 #define NEG_INF __int_as_float(0xff800000)
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128, "HEAD_DIM must be 64, 96 or 128");
 static_assert(N_CONSUMERS == 2 || N_CONSUMERS == 3, "N_CONSUMERS must be 2 or 3");
