@@ -25,6 +25,8 @@ pub(super) struct Gpu {
     pub(super) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(super) n_sms: u32,
+    /// Most shared memory of a block, in bytes.
+    pub(super) max_shared: u32,
 }
 
 impl Gpu {
@@ -50,10 +52,12 @@ impl Gpu {
         }
         let n_sms = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let n_sms = context.attribute(n_sms).check("cuDeviceGetAttribute")? as u32;
+        let max_shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let max_shared = context.attribute(max_shared).check("cuDeviceGetAttribute")? as u32;
         let stream = context.new_stream().check("cuStreamCreate")?;
         let burn_device = cubecl::Device::Cuda(CudaDevice::new(index));
         let client = burn_device.client();
-        Ok(Self { context, stream, client, burn_device, name, capability, n_sms })
+        Ok(Self { context, stream, client, burn_device, name, capability, n_sms, max_shared })
     }
 
     /// NVRTC's name of the architecture; on Hopper the one with its own instructions.

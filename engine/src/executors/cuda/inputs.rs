@@ -35,6 +35,8 @@ pub(super) struct Layout {
     pub(super) context_lens: Section,
     /// Rows of the residual stream to sample.
     pub(super) sample_rows: Section,
+    /// Slots of those rows, -1 for padding.
+    pub(super) sample_slots: Section,
     /// Token ids, positions and cache slots of a decode step: one row a sequence.
     pub(super) decode: TokenSections,
     /// The same of a step with prompt chunks.
@@ -76,13 +78,14 @@ impl Layout {
         };
         let context_lens = section(max_seqs);
         let sample_rows = section(max_seqs);
+        let sample_slots = section(max_seqs);
         let decode = tokens(max_seqs, &mut section);
         let n_decode_words = decode.slot_mapping.start + max_seqs.next_multiple_of(4);
         let chunk = tokens(max_tokens, &mut section);
         let cu_seqlens = section(max_seqs + 1);
         let tiles = section(2 * max_tiles(max_seqs, max_tokens, group));
         let n_words = end;
-        Self { context_lens, sample_rows, decode, chunk, cu_seqlens, tiles, n_words, n_decode_words }
+        Self { context_lens, sample_rows, sample_slots, decode, chunk, cu_seqlens, tiles, n_words, n_decode_words }
     }
 
     /// Bytes of the block.
@@ -194,6 +197,8 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
     fill(layout.context_lens.of(block), &mut step.seqs.iter().map(|s| s.context_len as i32), n_rows, 0);
     let n_samples = bucket.unwrap_or(step.samples.len());
     fill(layout.sample_rows.of(block), &mut step.samples.iter().map(last_row), n_samples, 0);
+    let slot = |row: &crate::step::SampleRow| step.seqs[row.seq].slot as i32;
+    fill(layout.sample_slots.of(block), &mut step.samples.iter().map(slot), n_samples, -1);
     let (sections, n_tokens) = match bucket {
         Some(bucket) => (layout.decode, bucket),
         None => (layout.chunk, step.n_tokens()),
@@ -284,6 +289,7 @@ mod tests {
         let sections = [
             l.context_lens,
             l.sample_rows,
+            l.sample_slots,
             l.decode.token_ids,
             l.decode.positions,
             l.decode.slot_mapping,
@@ -313,6 +319,7 @@ mod tests {
         assert_eq!(layout.decode.positions.of(&mut block)[..5], [4, 16, 0, 0, 7]);
         assert_eq!(layout.decode.slot_mapping.of(&mut block)[..5], [4, 32, 48, -1, 7]);
         assert_eq!(layout.sample_rows.of(&mut block)[..4], [0, 1, 2, 0]);
+        assert_eq!(layout.sample_slots.of(&mut block)[..5], [0, 1, 2, -1, 7]);
         let mut tables = vec![-1; 16 * 2];
         pack_block_tables(&mut tables, &step, shape.n_blocks);
         assert_eq!(tables[..6], [0, -1, 1, 2, 3, -1]);

@@ -10,9 +10,8 @@ use crate::{Error, decoder::DecoderSpec};
 
 /// Threads of an elementwise block.
 const ELEMENTWISE: u32 = 256;
-/// Warps of a GEMV block, stages of its ring and 16-byte chunks of a stage's row: the kernel's own defaults.
+/// Warps of a GEMV block and 16-byte chunks of a stage's row: the kernel's own defaults.
 const GEMV_WARPS: usize = 8;
-const GEMV_STAGES: usize = 6;
 const GEMV_CHUNKS: usize = 8;
 /// Most rows of a GEMV.
 pub(super) const GEMV_ROWS: usize = 8;
@@ -27,6 +26,7 @@ const MAX_SPLITS: usize = 64;
 pub(super) struct Gemv {
     pub(super) kernel: Kernel,
     n_blocks: u32,
+    n_stages: usize,
 }
 
 /// All kernels of a model.
@@ -53,9 +53,12 @@ pub(super) struct Ops {
 }
 
 /// The variants to compile, in the order that [`Ops::new`] takes them.
-pub(super) fn variants(spec: &DecoderSpec) -> Vec<Variant> {
+pub(super) fn variants(spec: &DecoderSpec, n_stages: usize) -> Vec<Variant> {
     let (head_dim, group) = (spec.head_dim, spec.n_heads / spec.n_kv_heads);
-    let gemv = |kind: &str, k: usize| Variant::new(&compile::GEMV, &[(kind, 1), ("K", k), ("WARPS_K", warps_k(k))]);
+    let gemv = |kind: &str, k: usize| {
+        let macros = [(kind, 1), ("K", k), ("WARPS_K", warps_k(k, n_stages)), ("STAGES", n_stages)];
+        Variant::new(&compile::GEMV, &macros)
+    };
     let (q, h, inter) = (spec.n_heads * head_dim, spec.hidden_size, spec.intermediate_size);
     vec![
         Variant::new(&compile::EMBED, &[]),
@@ -82,18 +85,23 @@ pub(super) fn variants(spec: &DecoderSpec) -> Vec<Variant> {
 }
 
 /// Warps that share a row of `k` weights: as many as can each fill their ring.
-fn warps_k(k: usize) -> usize {
+fn warps_k(k: usize, n_stages: usize) -> usize {
     let units = k.div_ceil(8 * GEMV_CHUNKS);
     let mut warps = GEMV_WARPS;
-    while warps > 1 && units.div_ceil(warps) < GEMV_STAGES {
+    while warps > 1 && units.div_ceil(warps) < n_stages {
         warps /= 2;
     }
     warps
 }
 
+/// Stages of a GEMV's ring, for blocks of at most `max_shared` bytes.
+fn gemv_stages(max_shared: u32) -> usize {
+    if gemv_shared(6, GEMV_ROWS) <= max_shared { 6 } else { 4 }
+}
+
 /// Dynamic shared memory of a GEMV block.
-fn gemv_shared(n_rows: usize) -> u32 {
-    (GEMV_WARPS * (GEMV_STAGES * GEMV_CHUNKS * 256 + 32 + 128 * n_rows)) as u32
+fn gemv_shared(n_stages: usize, n_rows: usize) -> u32 {
+    (GEMV_WARPS * (n_stages * GEMV_CHUNKS * 256 + 32 + 128 * n_rows)) as u32
 }
 
 /// Dynamic shared memory of a prefill attention block.
@@ -104,7 +112,8 @@ fn prefill_shared(head_dim: usize) -> u32 {
 impl Ops {
     /// Compiles (or takes from the cache) and loads all kernels.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Self, Error> {
-        let cubins = compile::compile(&variants(spec), &gpu.arch())?;
+        let n_stages = gemv_stages(gpu.max_shared);
+        let cubins = compile::compile(&variants(spec, n_stages), &gpu.arch())?;
         gpu.bind()?;
         let one = |i: usize, name: &'static str| -> Result<Kernel, Error> {
             let [kernel] = Kernel::load(&cubins[i], [name])?;
@@ -117,10 +126,10 @@ impl Ops {
         // `n_out` rows of weights; a tile is 16.
         let gemv = |i: usize, name: &'static str, n_out: usize, k: usize| -> Result<Gemv, Error> {
             let kernel = one(i, name)?;
-            kernel.allow_shared(gemv_shared(GEMV_ROWS))?;
-            let resident = kernel.blocks_per_sm(GEMV_WARPS as u32 * 32, gemv_shared(1))? * gpu.n_sms;
-            let n_tiles = n_out.div_ceil(16).div_ceil(GEMV_WARPS / warps_k(k));
-            Ok(Gemv { kernel, n_blocks: resident.min(n_tiles as u32) })
+            kernel.allow_shared(gemv_shared(n_stages, GEMV_ROWS))?;
+            let resident = kernel.blocks_per_sm(GEMV_WARPS as u32 * 32, gemv_shared(n_stages, 1))? * gpu.n_sms;
+            let n_tiles = n_out.div_ceil(16).div_ceil(GEMV_WARPS / warps_k(k, n_stages));
+            Ok(Gemv { kernel, n_blocks: resident.min(n_tiles as u32), n_stages })
         };
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
         let (h, inter) = (spec.hidden_size, spec.intermediate_size);
@@ -175,7 +184,7 @@ impl Ops {
 
     /// For a GEMV of `n_rows` rows.
     pub(super) fn gemv_launch(&self, gemv: &Gemv, n_rows: usize) -> Launch {
-        let shared_bytes = gemv_shared(n_rows);
+        let shared_bytes = gemv_shared(gemv.n_stages, n_rows);
         Launch { shared_bytes, ..self.launch([gemv.n_blocks, 1, 1], GEMV_WARPS as u32 * 32) }
     }
 
@@ -226,6 +235,6 @@ mod tests {
 
     #[test]
     fn warps_share_long_rows_only() {
-        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(warps_k), [1, 1, 2, 8, 8, 8]);
+        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(|k| warps_k(k, 6)), [1, 1, 2, 8, 8, 8]);
     }
 }

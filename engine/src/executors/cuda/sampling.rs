@@ -1,9 +1,16 @@
 //! [`Sampling`]: from logits on the device to tokens on the host.
 
+use cudarc::driver::sys;
 use rayon::prelude::*;
 
 use super::{
-    buffers::StepLimits, device::Gpu, forward::Forward, memory::DeviceBuffer,
+    buffers::StepLimits,
+    compile::{self, Variant},
+    device::Gpu,
+    forward::Forward,
+    kernel::{Arg, Kernel, Launch},
+    memory::{DeviceBuffer, PinnedBuffer},
+    status::Check,
 };
 use crate::{
     Error,
@@ -17,6 +24,11 @@ use crate::{
 pub(super) struct Sampling {
     /// Rows of the residual stream whose prompt logits are computed, int32.
     rows: DeviceBuffer,
+    argmax: Kernel,
+    /// Sampled tokens, int32 `[max_seqs]`.
+    tokens: DeviceBuffer,
+    /// Their copies, one for each step in flight.
+    host_tokens: [PinnedBuffer; 2],
     limits: StepLimits,
     vocab_size: usize,
     /// Prompt log-probabilities of the step being launched.
@@ -25,13 +37,28 @@ pub(super) struct Sampling {
 
 /// What [`Sampling::finish`] needs of a launched step.
 pub(super) struct SamplingOutput {
-    output: StepOutput,
+    tokens: SampledTokens,
+    prompt_logprobs: Vec<Vec<TokenLogprobs>>,
+}
+
+/// Where a step's tokens are.
+enum SampledTokens {
+    /// Here already.
+    OnHost(Vec<SampledToken>),
+    /// In [`Sampling::host_tokens`] when the step is done: this many.
+    InFlight(usize),
 }
 
 impl Sampling {
     /// For steps within `limits`.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits) -> Result<Self, Error> {
+        let cubins = compile::compile(&[Variant::new(&compile::ARGMAX, &[])], &gpu.arch())?;
+        let [argmax] = Kernel::load(&cubins[0], ["argmax"])?;
+        let host_tokens = || PinnedBuffer::new(limits.max_seqs * 4);
         Ok(Self {
+            argmax,
+            tokens: DeviceBuffer::zeroed(gpu, limits.max_seqs * 4, "the sampled tokens")?,
+            host_tokens: [host_tokens()?, host_tokens()?],
             rows: DeviceBuffer::zeroed(gpu, limits.logits_rows() * 4, "the prompt rows")?,
             limits,
             vocab_size: spec.vocab_size,
@@ -62,21 +89,52 @@ impl Sampling {
         Ok(())
     }
 
-    /// Samples the rows of `step`, whose logits are on the device.
+    /// Samples the rows of `step`, whose logits are on the device. `index`: which of the steps in flight.
     pub(super) fn sample(
         &mut self,
         gpu: &Gpu,
         forward: &Forward,
         step: &StepInput,
-        _index: usize,
+        index: usize,
     ) -> Result<SamplingOutput, Error> {
-        let tokens = self.sample_on_host(gpu, forward, step)?;
-        Ok(SamplingOutput { output: StepOutput { tokens, prompt_logprobs: std::mem::take(&mut self.prompt_logprobs) } })
+        let n = step.samples.len();
+        let tokens = if step.samples.iter().all(is_plain_greedy) {
+            if n > 0 {
+                self.sample_on_device(gpu, forward, n, index)?;
+            }
+            SampledTokens::InFlight(n)
+        } else {
+            SampledTokens::OnHost(self.sample_on_host(gpu, forward, step)?)
+        };
+        Ok(SamplingOutput { tokens, prompt_logprobs: std::mem::take(&mut self.prompt_logprobs) })
     }
 
     /// The output of a step that is done.
-    pub(super) fn finish(&mut self, output: SamplingOutput, _index: usize) -> StepOutput {
-        output.output
+    pub(super) fn finish(&mut self, output: SamplingOutput, index: usize) -> StepOutput {
+        let tokens = match output.tokens {
+            SampledTokens::OnHost(tokens) => tokens,
+            SampledTokens::InFlight(n) => self.host_tokens[index].as_mut_slice::<i32>()[..n]
+                .iter()
+                .map(|&token| SampledToken { token_id: token as u32, logprobs: None })
+                .collect(),
+        };
+        StepOutput { tokens, prompt_logprobs: output.prompt_logprobs }
+    }
+
+    fn sample_on_device(&self, gpu: &Gpu, forward: &Forward, n: usize, index: usize) -> Result<(), Error> {
+        let launch = Launch { grid: [n as u32, 1, 1], block: 1024, shared_bytes: 0, dependent: false };
+        let args = [
+            Arg::Ptr(forward.buffers.logits.ptr()),
+            Arg::Ptr(forward.input(forward.layout.sample_slots)),
+            Arg::Ptr(self.tokens.ptr()),
+            Arg::Ptr(forward.buffers.last_tokens.ptr()),
+            Arg::Int(self.vocab_size as i32),
+        ];
+        self.argmax.launch(gpu.cu_stream(), launch, &args)?;
+        let to = self.host_tokens[index].ptr();
+        // SAFETY: both sides hold `max_seqs` tokens; the pinned one is read only after the step's event.
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.tokens.ptr(), n * 4, gpu.cu_stream()) }
+            .check("cuMemcpyDtoHAsync")
     }
 
     /// Waits for the logits and samples them by the definition in [`sampler`].
@@ -98,6 +156,17 @@ impl Sampling {
         forward.buffers.last_tokens.write(gpu, 0, &last_tokens)?;
         Ok(tokens)
     }
+}
+
+/// Whether the best raw logit is the answer.
+fn is_plain_greedy(row: &SampleRow) -> bool {
+    let params = &row.params;
+    params.is_greedy()
+        && params.logprobs.is_none()
+        && params.logit_bias.is_empty()
+        && params.allowed_token_ids.is_none()
+        && row.history.is_none()
+        && row.banned.is_none()
 }
 
 /// `row` with the token that was still unknown to the host when the step was planned.
