@@ -1,13 +1,15 @@
 //! Model architectures: one trait, one file per architecture, one row in [`ARCHITECTURES`].
 
+mod generation_defaults;
 mod gguf_metadata;
 mod hf_config;
 mod llama;
 mod model;
 mod qwen2;
 
+pub use generation_defaults::GenerationDefaults;
 pub use hf_config::HfConfig;
-pub use model::{GenerationDefaults, Model};
+pub use model::Model;
 
 use crate::{
     Error,

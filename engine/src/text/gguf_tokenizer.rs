@@ -304,3 +304,145 @@ fn special_tokens(
     }
     Ok(special)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        text::{Tokenizer, token_table::char_of_byte},
+        weights::gguf::writer::GgufWriter,
+    };
+
+    /// 256 bytes, a few digits that merge, `<s>` and a user-defined token.
+    fn file(pre: &str) -> GgufWriter {
+        let bytes: Vec<String> = (0..=255)
+            .map(|byte| char_of_byte(byte).to_string())
+            .collect();
+        let mut tokens: Vec<&str> = bytes.iter().map(String::as_str).collect();
+        tokens.extend(["12", "123", "1234", "45", "<s>", "<|eot_id|>", "<mine>"]);
+        let mut types = vec![1; tokens.len()];
+        types[260..].copy_from_slice(&[3, 3, 4]);
+        let mut w = GgufWriter::default();
+        w.string("tokenizer.ggml.model", "gpt2")
+            .string("tokenizer.ggml.pre", pre);
+        w.strings("tokenizer.ggml.tokens", &tokens)
+            .i32s("tokenizer.ggml.token_type", &types);
+        w.strings("tokenizer.ggml.merges", &["1 2", "12 3", "123 4", "4 5"]);
+        w.u32("tokenizer.ggml.bos_token_id", 260)
+            .u32("tokenizer.ggml.eos_token_id", 260);
+        w
+    }
+
+    fn open(w: &GgufWriter) -> Result<Tokenizer, Error> {
+        Tokenizer::from_gguf(&Gguf::open(w.file().path()).expect("a valid header"))
+    }
+
+    #[test]
+    fn every_pre_tokenizer_cuts_numbers_in_its_way() {
+        let cases = [
+            ("default", vec!["123", "45"]),
+            ("gpt-2", vec!["1234", "5"]),
+            ("llama-bpe", vec!["123", "45"]),
+            ("qwen2", vec!["1", "2", "3", "4", "5"]),
+            ("smollm", vec!["1", "2", "3", "4", "5"]),
+        ];
+        assert_eq!(cases.len(), PRE_TOKENIZERS.len());
+        for (pre, expected) in cases {
+            let tokenizer = open(&file(pre)).expect("valid");
+            let ids = tokenizer.encode("12345", false).expect("encodable");
+            let pieces: Vec<_> = ids
+                .iter()
+                .filter_map(|&id| tokenizer.token_piece(id))
+                .collect();
+            assert_eq!(pieces, expected, "{pre}");
+            let text = "It's 12345 naïve\t\u{a0}words,\r\n\n  世界!? e\u{301}<s>";
+            let ids = tokenizer.encode(text, false).expect("encodable");
+            let expected = if pre == "qwen2" {
+                text.replace("e\u{301}", "é")
+            } else {
+                text.to_owned()
+            };
+            assert_eq!(
+                tokenizer.decode(&ids, false).expect("decodable"),
+                expected,
+                "{pre}"
+            );
+        }
+    }
+
+    #[test]
+    fn special_tokens_are_found() {
+        let llama = open(&file("llama-bpe")).expect("valid");
+        assert_eq!(llama.encode("A", true).expect("encodable"), [260, 65]);
+        assert_eq!(llama.encode("A", false).expect("encodable"), [65]);
+        assert_eq!(
+            llama.encode_with_special("<s>A<mine>").expect("encodable"),
+            [260, 65, 262]
+        );
+        // User-defined tokens are no special ones: plain text has them too, and they are shown.
+        assert_eq!(llama.encode("<s>", false).expect("encodable").len(), 3);
+        assert_eq!(llama.encode("<mine>", false).expect("encodable"), [262]);
+        assert_eq!(
+            llama.decode(&[260, 262], true).expect("decodable"),
+            "<mine>"
+        );
+        assert_eq!(llama.eos_token_ids(), [260, 261]);
+        let mut without = file("llama-bpe");
+        without.bool("tokenizer.ggml.add_bos_token", false);
+        assert_eq!(
+            open(&without)
+                .expect("valid")
+                .encode("A", true)
+                .expect("encodable"),
+            [65]
+        );
+        assert_eq!(
+            open(&file("qwen2"))
+                .expect("valid")
+                .encode("A", true)
+                .expect("encodable"),
+            [65]
+        );
+    }
+
+    #[test]
+    fn unusable_metadata_are_named() {
+        let check = |edit: &dyn Fn(&mut GgufWriter), expected: &str| {
+            let mut w = file("smollm");
+            edit(&mut w);
+            let message = open(&w).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+        };
+        let text = |s: &str| [&(s.len() as u64).to_le_bytes(), s.as_bytes()].concat();
+        check(
+            &|w| w.replace("tokenizer.ggml.model", 8, &text("llama")),
+            "'llama' is not supported; supported is 'gpt2'",
+        );
+        check(
+            &|w| w.replace("tokenizer.ggml.pre", 8, &text("odd")),
+            "'odd' is not supported; supported are default, gpt-2",
+        );
+        check(
+            &|w| w.replace("tokenizer.ggml.tokens", 8, &text("x")),
+            "'tokenizer.ggml.tokens' must be an array of strings",
+        );
+        check(
+            &|w| w.replace("tokenizer.ggml.bos_token_id", 4, &999u32.to_le_bytes()),
+            "is 999, but there are only 263",
+        );
+        let one_type = [5u32.to_le_bytes().as_slice(), &1u64.to_le_bytes(), &[0; 4]].concat();
+        check(
+            &|w| w.replace("tokenizer.ggml.token_type", 9, &one_type),
+            "has 1 entries for 263 tokens",
+        );
+        let array = |s: &str| [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text(s)].concat();
+        check(
+            &|w| w.replace("tokenizer.ggml.merges", 9, &array("ab")),
+            "'ab' is not two parts",
+        );
+        check(
+            &|w| w.replace("tokenizer.ggml.merges", 9, &array("a bcd")),
+            "do not fit together",
+        );
+    }
+}

@@ -6,6 +6,7 @@ mod gguf_tokenizer;
 mod stop;
 #[cfg(test)]
 pub(crate) mod test_model;
+mod tojson;
 mod token_table;
 mod tokenizer;
 
