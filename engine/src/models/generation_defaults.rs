@@ -40,18 +40,10 @@ impl GenerationDefaults {
 
     /// generation_config.json over config.json over the tokenizer's special tokens. As in vLLM, the tokenizer's
     /// end-of-sequence token is the primary one, and sampling parameters count whatever `do_sample` says.
-    pub(super) fn from_folder(
-        path: &Path,
-        config: &HfConfig,
-        tokenizer: &Tokenizer,
-    ) -> Result<Self, Error> {
+    pub(super) fn from_folder(path: &Path, config: &HfConfig, tokenizer: &Tokenizer) -> Result<Self, Error> {
         let mut defaults = Self::from_tokenizer(tokenizer);
         let file = path.join("generation_config.json");
-        let generation = if file.is_file() {
-            Some(HfConfig::open(&file)?)
-        } else {
-            None
-        };
+        let generation = if file.is_file() { Some(HfConfig::open(&file)?) } else { None };
         for source in generation.iter().chain([config]) {
             for id in token_ids(source, "eos_token_id")? {
                 if !defaults.eos_token_ids.contains(&id) {
@@ -68,13 +60,8 @@ impl GenerationDefaults {
             defaults.min_p = generation.number("min_p")?;
             defaults.repetition_penalty = generation.number("repetition_penalty")?;
             // 0 means all tokens and is the default.
-            defaults.top_k = generation
-                .get("top_k")
-                .and_then(Value::as_u64)
-                .and_then(|k| u32::try_from(k).ok());
-            defaults.max_new_tokens = generation
-                .count("max_new_tokens")?
-                .and_then(|n| u32::try_from(n).ok());
+            defaults.top_k = generation.get("top_k").and_then(Value::as_u64).and_then(|k| u32::try_from(k).ok());
+            defaults.max_new_tokens = generation.count("max_new_tokens")?.and_then(|n| u32::try_from(n).ok());
         }
         Ok(defaults)
     }

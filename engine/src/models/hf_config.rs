@@ -22,10 +22,9 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it cannot be read or is no JSON object.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read(path)
-            .map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
-        let value: Value = serde_json::from_slice(&text)
-            .map_err(|e| Error::model(path, format!("not valid JSON: {e}")))?;
+        let text = std::fs::read(path).map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
+        let value: Value =
+            serde_json::from_slice(&text).map_err(|e| Error::model(path, format!("not valid JSON: {e}")))?;
         Self::from_value(path, value)
     }
 
@@ -37,10 +36,7 @@ impl HfConfig {
         if !value.is_object() {
             return Err(Error::model(path, "must be a JSON object"));
         }
-        Ok(Self {
-            path: path.to_owned(),
-            value,
-        })
+        Ok(Self { path: path.to_owned(), value })
     }
 
     /// An [`Error::Model`] about this file.
@@ -59,17 +55,9 @@ impl HfConfig {
     }
 
     /// The value of `field` as `read` understands it.
-    fn optional<T>(
-        &self,
-        field: &str,
-        what: &str,
-        read: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Option<T>, Error> {
+    fn optional<T>(&self, field: &str, what: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Error> {
         self.get(field)
-            .map(|value| {
-                read(value)
-                    .ok_or_else(|| self.error(format!("'{field}' must be {what}, not {value}")))
-            })
+            .map(|value| read(value).ok_or_else(|| self.error(format!("'{field}' must be {what}, not {value}"))))
             .transpose()
     }
 
@@ -79,9 +67,7 @@ impl HfConfig {
     /// [`Error::Model`] if it is something else.
     pub fn count(&self, field: &str) -> Result<Option<usize>, Error> {
         self.optional(field, "a positive integer", |v| {
-            v.as_u64()
-                .and_then(|n| usize::try_from(n).ok())
-                .filter(|n| (1..=1 << 32).contains(n))
+            v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1 << 32).contains(n))
         })
     }
 
@@ -90,8 +76,7 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it is missing or something else.
     pub fn required_count(&self, field: &str) -> Result<usize, Error> {
-        self.count(field)?
-            .ok_or_else(|| self.error(format!("'{field}' is missing")))
+        self.count(field)?.ok_or_else(|| self.error(format!("'{field}' is missing")))
     }
 
     /// A truth value, false if missing.
@@ -99,9 +84,7 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it is something else.
     pub fn flag(&self, field: &str) -> Result<bool, Error> {
-        Ok(self
-            .optional(field, "true or false", Value::as_bool)?
-            .unwrap_or(false))
+        Ok(self.optional(field, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
     /// A number.
@@ -129,15 +112,8 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it is missing.
     pub fn architecture(&self) -> Result<&str, Error> {
-        let first = self
-            .get("architectures")
-            .and_then(|names| names.get(0))
-            .and_then(Value::as_str);
-        first.ok_or_else(|| {
-            self.error(
-                "'architectures' must name the model's class, such as [\"LlamaForCausalLM\"]",
-            )
-        })
+        let first = self.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+        first.ok_or_else(|| self.error("'architectures' must name the model's class, such as [\"LlamaForCausalLM\"]"))
     }
 
     /// What the families of the Llama line have in common: RMSNorm, gated SiLU MLP, rotary embedding. Biases and
@@ -148,15 +124,12 @@ impl HfConfig {
     pub fn llama_like_spec(&self, architecture: &str) -> Result<DecoderSpec, Error> {
         let activation = self.text("hidden_act")?.unwrap_or("silu");
         if activation != "silu" {
-            return Err(self.error(format!(
-                "'hidden_act' is '{activation}', which is not supported; supported is 'silu'"
-            )));
+            return Err(
+                self.error(format!("'hidden_act' is '{activation}', which is not supported; supported is 'silu'"))
+            );
         }
         if let Some(quantization) = self.get("quantization_config") {
-            let method = quantization
-                .get("quant_method")
-                .and_then(Value::as_str)
-                .unwrap_or("unknown");
+            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
             return Err(self.error(format!(
                 "'quantization_config' says the weights are quantised ({method}), which is not supported for \
                  safetensors; use unquantised weights or a GGUF file"
@@ -190,16 +163,9 @@ impl HfConfig {
     /// `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5 that hold both.
     fn rope(&self) -> Result<Rope, Error> {
         let parameters = self.get("rope_parameters");
-        let field = if parameters.is_some() {
-            "rope_parameters"
-        } else {
-            "rope_scaling"
-        };
+        let field = if parameters.is_some() { "rope_parameters" } else { "rope_scaling" };
         let scaling = parameters.or_else(|| self.get("rope_scaling"));
-        let theta = match parameters
-            .and_then(|p| p.get("rope_theta"))
-            .and_then(Value::as_f64)
-        {
+        let theta = match parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64) {
             Some(theta) => theta as f32,
             None => self.number("rope_theta")?.unwrap_or(10_000.0),
         };
@@ -207,19 +173,11 @@ impl HfConfig {
             return Err(self.error(format!("'rope_theta' must be positive, not {theta}")));
         }
         let Some(scaling) = scaling else {
-            return Ok(Rope {
-                theta,
-                scaling: RopeScaling::None,
-            });
+            return Ok(Rope { theta, scaling: RopeScaling::None });
         };
         let number = |name: &str| {
-            let value = scaling
-                .get(name)
-                .and_then(Value::as_f64)
-                .filter(|x| x.is_finite() && *x > 0.0);
-            value
-                .map(|x| x as f32)
-                .ok_or_else(|| self.error(format!("'{field}.{name}' must be a positive number")))
+            let value = scaling.get(name).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
+            value.map(|x| x as f32).ok_or_else(|| self.error(format!("'{field}.{name}' must be a positive number")))
         };
         // `type` is the older spelling of `rope_type`.
         let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));

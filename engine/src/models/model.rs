@@ -66,35 +66,20 @@ impl Model {
                 stored(SafetensorsSource::open(path, spec.clone(), name_of)?)?
             }
         };
-        let tokenizer =
-            if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
-                Tokenizer::byte_level(spec.vocab_size)?
-            } else {
-                Tokenizer::from_folder(path)?
-            };
+        let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
+            Tokenizer::byte_level(spec.vocab_size)?
+        } else {
+            Tokenizer::from_folder(path)?
+        };
         let chat_template = ChatTemplate::from_folder(path, &tokenizer)?;
         let generation = GenerationDefaults::from_folder(path, &config, &tokenizer)?;
-        Ok(Self {
-            path: path.to_owned(),
-            spec,
-            weights,
-            tokenizer,
-            chat_template,
-            generation,
-            file_dtype,
-        })
+        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
     }
 
-    fn open_gguf(
-        path: &Path,
-        file: &Path,
-        load_format: LoadFormat,
-        seed: u64,
-    ) -> Result<Self, Error> {
+    fn open_gguf(path: &Path, file: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
         let gguf = Arc::new(Gguf::open(file)?);
         let name = gguf.string("general.architecture")?;
-        let name =
-            name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
+        let name = name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
         let architecture = ARCHITECTURES
             .iter()
             .find(|a| a.gguf_names().contains(&name))
@@ -102,33 +87,20 @@ impl Model {
         let spec = architecture.spec_from_gguf(&gguf)?;
         let (weights, file_dtype) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
-            LoadFormat::Auto => stored(GgufSource::new(
-                gguf.clone(),
-                spec.clone(),
-                architecture.gguf_interleaved_rope(),
-            )?)?,
+            LoadFormat::Auto => {
+                stored(GgufSource::new(gguf.clone(), spec.clone(), architecture.gguf_interleaved_rope())?)?
+            }
         };
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
         let generation = GenerationDefaults::from_tokenizer(&tokenizer);
-        Ok(Self {
-            path: path.to_owned(),
-            spec,
-            weights,
-            tokenizer,
-            chat_template,
-            generation,
-            file_dtype,
-        })
+        Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
     }
 }
 
 /// Random weights of `spec`.
 fn dummy(spec: &DecoderSpec, seed: u64) -> Result<(Box<dyn WeightSource>, String), Error> {
-    Ok((
-        Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?),
-        "dummy".into(),
-    ))
+    Ok((Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?), "dummy".into()))
 }
 
 /// `source` and the name of its typical element type.
@@ -146,10 +118,7 @@ enum Location {
 }
 
 fn locate(path: &Path) -> Result<Location, Error> {
-    let has_gguf_suffix = |p: &Path| {
-        p.extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
-    };
+    let has_gguf_suffix = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     if path.is_file() {
         // Caches of other tools store GGUF files without the suffix; the reader checks the first bytes.
         return Ok(Location::Gguf(path.to_owned()));
@@ -163,48 +132,24 @@ fn locate(path: &Path) -> Result<Location, Error> {
     if path.join("config.json").is_file() {
         return Ok(Location::Folder);
     }
-    let entries = std::fs::read_dir(path)
-        .map_err(|e| Error::model(path, format!("cannot read the folder: {e}")))?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
+    let entries = std::fs::read_dir(path).map_err(|e| Error::model(path, format!("cannot read the folder: {e}")))?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     files.retain(|file| has_gguf_suffix(file) && file.is_file());
     files.sort();
     match files.as_slice() {
         [file] => Ok(Location::Gguf(file.clone())),
-        [] => Err(Error::model(
-            path,
-            "neither config.json nor a .gguf file is in this folder",
-        )),
+        [] => Err(Error::model(path, "neither config.json nor a .gguf file is in this folder")),
         _ => {
-            let names: Vec<_> = files
-                .iter()
-                .filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()))
-                .collect();
-            Err(Error::model(
-                path,
-                format!(
-                    "several .gguf files; name one of them: {}",
-                    names.join(", ")
-                ),
-            ))
+            let names: Vec<_> =
+                files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+            Err(Error::model(path, format!("several .gguf files; name one of them: {}", names.join(", "))))
         }
     }
 }
 
-fn unsupported_architecture(
-    name: &str,
-    names: impl Fn(&dyn Architecture) -> &'static [&'static str],
-) -> String {
-    let supported: Vec<_> = ARCHITECTURES
-        .iter()
-        .flat_map(|a| names(*a))
-        .copied()
-        .collect();
-    format!(
-        "architecture '{name}' is not supported; supported are {}",
-        supported.join(", ")
-    )
+fn unsupported_architecture(name: &str, names: impl Fn(&dyn Architecture) -> &'static [&'static str]) -> String {
+    let supported: Vec<_> = ARCHITECTURES.iter().flat_map(|a| names(*a)).copied().collect();
+    format!("architecture '{name}' is not supported; supported are {}", supported.join(", "))
 }
 
 /// Checks that the numbers of `spec` go together and that sizes cannot overflow.
@@ -224,22 +169,13 @@ pub(super) fn check_dimensions(spec: &DecoderSpec) -> Result<(), String> {
         }
     }
     if spec.n_layers == 0 || spec.n_layers > 4096 {
-        return Err(format!(
-            "the number of layers is {}; it must be between 1 and 4096",
-            spec.n_layers
-        ));
+        return Err(format!("the number of layers is {}; it must be between 1 and 4096", spec.n_layers));
     }
     if !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
-        return Err(format!(
-            "{} heads cannot share {} key/value heads evenly",
-            spec.n_heads, spec.n_kv_heads
-        ));
+        return Err(format!("{} heads cannot share {} key/value heads evenly", spec.n_heads, spec.n_kv_heads));
     }
     if !spec.head_dim.is_multiple_of(2) || spec.n_heads * spec.head_dim > MAX {
-        return Err(format!(
-            "{} heads of width {} are not supported",
-            spec.n_heads, spec.head_dim
-        ));
+        return Err(format!("{} heads of width {} are not supported", spec.n_heads, spec.head_dim));
     }
     if spec.max_position == 0 || !spec.norm_eps.is_finite() || spec.norm_eps < 0.0 {
         return Err(format!(
@@ -286,10 +222,7 @@ mod tests {
     }
 
     fn error_of(config: &Value) -> String {
-        open_dummy(config)
-            .err()
-            .map(|e| e.to_string())
-            .unwrap_or_default()
+        open_dummy(config).err().map(|e| e.to_string()).unwrap_or_default()
     }
 
     #[test]
@@ -306,10 +239,7 @@ mod tests {
             vocab_size: 49_152,
             max_position: 8192,
             norm_eps: 1e-5,
-            rope: Rope {
-                theta: 100_000.0,
-                scaling: RopeScaling::None,
-            },
+            rope: Rope { theta: 100_000.0, scaling: RopeScaling::None },
             tie_embeddings: true,
             qkv_bias: false,
             o_bias: false,
@@ -320,27 +250,12 @@ mod tests {
         assert_eq!(model.spec, expected);
         assert_eq!(model.spec.n_parameters(), 134_515_008);
         assert_eq!(model.file_dtype, "Q4_1");
-        assert_eq!(
-            (
-                model.generation.eos_token_ids,
-                model.generation.bos_token_id
-            ),
-            (vec![2, 0], Some(1))
-        );
+        assert_eq!((model.generation.eos_token_ids, model.generation.bos_token_id), (vec![2, 0], Some(1)));
         let template = model.chat_template.expect("there");
-        let text = template.render(
-            &[json!({"role": "user", "content": "Hi"})],
-            &ChatOptions::default(),
-        );
-        assert!(
-            text.expect("rendered")
-                .contains("<|im_start|>user\nHi<|im_end|>")
-        );
+        let text = template.render(&[json!({"role": "user", "content": "Hi"})], &ChatOptions::default());
+        assert!(text.expect("rendered").contains("<|im_start|>user\nHi<|im_end|>"));
         // Values from PyPI's gguf: row 33 of head 1's q in rotate-half order is stored row 64 + 2 * 1 + 1.
-        let q = model
-            .weights
-            .get(Weight::Layer(0, LayerWeight::QProj))
-            .expect("there");
+        let q = model.weights.get(Weight::Layer(0, LayerWeight::QProj)).expect("there");
         let row = q.rows(64 + 33..64 + 34);
         let expected = [
             -0.004_882_812_5,
@@ -361,23 +276,11 @@ mod tests {
         let model = open_dummy(&llama_config()).expect("valid");
         assert_eq!(model.spec.head_dim, 16);
         assert_eq!(model.spec.rope.theta, 500_000.0);
-        assert_eq!(
-            (model.file_dtype.as_str(), model.tokenizer.vocab_size()),
-            ("dummy", 300)
-        );
-        assert_eq!(
-            (
-                model.generation.eos_token_ids,
-                model.generation.bos_token_id
-            ),
-            (vec![7, 8], Some(1))
-        );
+        assert_eq!((model.file_dtype.as_str(), model.tokenizer.vocab_size()), ("dummy", 300));
+        assert_eq!((model.generation.eos_token_ids, model.generation.bos_token_id), (vec![7, 8], Some(1)));
         assert!(model.chat_template.is_none());
         for weight in model.spec.weights() {
-            assert_eq!(
-                Some(model.weights.get(weight).expect("there").shape),
-                model.spec.shape(weight)
-            );
+            assert_eq!(Some(model.weights.get(weight).expect("there").shape), model.spec.shape(weight));
         }
     }
 
@@ -386,14 +289,8 @@ mod tests {
         let folder = folder(&llama_config());
         let generation = json!({"eos_token_id": 9, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 64,
             "repetition_penalty": 1.05, "min_p": null, "do_sample": true});
-        std::fs::write(
-            folder.path().join("generation_config.json"),
-            generation.to_string(),
-        )
-        .expect("written");
-        let generation = Model::open(folder.path(), LoadFormat::Dummy, 0)
-            .expect("valid")
-            .generation;
+        std::fs::write(folder.path().join("generation_config.json"), generation.to_string()).expect("written");
+        let generation = Model::open(folder.path(), LoadFormat::Dummy, 0).expect("valid").generation;
         let expected = GenerationDefaults {
             eos_token_ids: vec![9, 7, 8],
             bos_token_id: Some(1),
@@ -409,21 +306,13 @@ mod tests {
 
     #[test]
     fn architectures_differ_where_they_should() {
-        let spec = |changes: Value| {
-            open_dummy(&with(llama_config(), changes))
-                .map(|model| model.spec)
-                .expect("valid")
-        };
-        let biased =
-            spec(json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}));
+        let spec = |changes: Value| open_dummy(&with(llama_config(), changes)).map(|model| model.spec).expect("valid");
+        let biased = spec(json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}));
         assert!(biased.qkv_bias && biased.o_bias && biased.mlp_bias && biased.tie_embeddings);
-        let qwen = spec(
-            json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": false}),
-        );
+        let qwen =
+            spec(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": false}));
         assert!(qwen.qkv_bias && !qwen.o_bias && qwen.sliding_window.is_none());
-        let mistral = spec(
-            json!({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "head_dim": 32}),
-        );
+        let mistral = spec(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "head_dim": 32}));
         assert_eq!((mistral.sliding_window, mistral.head_dim), (Some(128), 32));
 
         let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -435,96 +324,47 @@ mod tests {
             original_max_position: 8192,
         };
         assert_eq!(spec(json!({"rope_scaling": llama3})).rope.scaling, scaling);
-        let newer = spec(
-            json!({"rope_theta": null, "rope_parameters": with(llama3, json!({"rope_theta": 1e6}))}),
-        );
-        assert_eq!(
-            newer.rope,
-            Rope {
-                theta: 1e6,
-                scaling
-            }
-        );
+        let newer = spec(json!({"rope_theta": null, "rope_parameters": with(llama3, json!({"rope_theta": 1e6}))}));
+        assert_eq!(newer.rope, Rope { theta: 1e6, scaling });
         let linear = spec(json!({"rope_scaling": {"type": "linear", "factor": 2.0}}));
         assert_eq!(linear.rope.scaling, RopeScaling::Linear(2.0));
-        assert_eq!(
-            spec(json!({"rope_parameters": {"rope_type": "default"}}))
-                .rope
-                .scaling,
-            RopeScaling::None
-        );
+        assert_eq!(spec(json!({"rope_parameters": {"rope_type": "default"}})).rope.scaling, RopeScaling::None);
     }
 
     #[test]
     fn config_errors_name_the_field() {
         let check = |changes: Value, expected: &str| {
             let message = error_of(&with(llama_config(), changes));
-            assert!(
-                message.contains("config.json: ") && message.contains(expected),
-                "{message:?} lacks {expected:?}"
-            );
+            assert!(message.contains("config.json: ") && message.contains(expected), "{message:?} lacks {expected:?}");
         };
         check(
             json!({"architectures": ["BloomForCausalLM"]}),
             "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
         );
         check(json!({"architectures": null}), "'architectures' must name");
-        check(
-            json!({"hidden_size": "big"}),
-            "'hidden_size' must be a positive integer",
-        );
-        check(
-            json!({"num_hidden_layers": null}),
-            "'num_hidden_layers' is missing",
-        );
+        check(json!({"hidden_size": "big"}), "'hidden_size' must be a positive integer");
+        check(json!({"num_hidden_layers": null}), "'num_hidden_layers' is missing");
         check(json!({"num_key_value_heads": 3}), "4 heads cannot share 3");
         check(json!({"hidden_act": "gelu"}), "'hidden_act' is 'gelu'");
-        check(
-            json!({"rope_scaling": {"rope_type": "yarn"}}),
-            "'rope_scaling' is of type 'yarn'",
-        );
-        check(
-            json!({"rope_scaling": {"rope_type": "linear"}}),
-            "'rope_scaling.factor' must be",
-        );
-        check(
-            json!({"quantization_config": {"quant_method": "awq"}}),
-            "quantised (awq)",
-        );
-        check(
-            json!({"eos_token_id": "x"}),
-            "'eos_token_id' must be a token id",
-        );
-        check(
-            json!({"num_hidden_layers": 1u64 << 40}),
-            "'num_hidden_layers' must be",
-        );
+        check(json!({"rope_scaling": {"rope_type": "yarn"}}), "'rope_scaling' is of type 'yarn'");
+        check(json!({"rope_scaling": {"rope_type": "linear"}}), "'rope_scaling.factor' must be");
+        check(json!({"quantization_config": {"quant_method": "awq"}}), "quantised (awq)");
+        check(json!({"eos_token_id": "x"}), "'eos_token_id' must be a token id");
+        check(json!({"num_hidden_layers": 1u64 << 40}), "'num_hidden_layers' must be");
     }
 
     #[test]
     fn path_errors_say_what_to_do() {
-        let open = |path: &Path| {
-            Model::open(path, LoadFormat::Auto, 0)
-                .err()
-                .map(|e| e.to_string())
-                .unwrap_or_default()
-        };
-        assert!(
-            open(Path::new("/no/such/model")).contains("/no/such/model: no such file or folder")
-        );
+        let open =
+            |path: &Path| Model::open(path, LoadFormat::Auto, 0).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(open(Path::new("/no/such/model")).contains("/no/such/model: no such file or folder"));
         let folder = folder(&llama_config());
-        assert!(
-            open(folder.path()).contains("no weights"),
-            "{}",
-            open(folder.path())
-        );
+        assert!(open(folder.path()).contains("no weights"), "{}", open(folder.path()));
         std::fs::remove_file(folder.path().join("config.json")).expect("removed");
         assert!(open(folder.path()).contains("neither config.json nor a .gguf file"));
         std::fs::write(folder.path().join("a.gguf"), "GGUF").expect("written");
         assert!(open(folder.path()).contains("a.gguf: "));
         std::fs::write(folder.path().join("b.gguf"), "GGUF").expect("written");
-        assert!(
-            open(folder.path()).contains("several .gguf files; name one of them: a.gguf, b.gguf")
-        );
+        assert!(open(folder.path()).contains("several .gguf files; name one of them: a.gguf, b.gguf"));
     }
 }

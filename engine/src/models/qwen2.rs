@@ -24,10 +24,7 @@ impl Architecture for Qwen2 {
         spec.qkv_bias = true;
         if config.flag("use_sliding_window")? {
             // Layers from `max_window_layers` on use the window.
-            let first = config
-                .get("max_window_layers")
-                .and_then(|v| v.as_u64())
-                .unwrap_or(28) as usize;
+            let first = config.get("max_window_layers").and_then(|v| v.as_u64()).unwrap_or(28) as usize;
             spec.sliding_window = match config.count("sliding_window")? {
                 window if first == 0 => window,
                 Some(_) if first < spec.n_layers => {

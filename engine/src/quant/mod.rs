@@ -23,10 +23,7 @@ pub const FORMATS: &[&dyn QuantFormat] = &[&q4_0::Q4_0, &q4_1::Q4_1, &q8_0::Q8_0
 
 /// The format of GGUF's type number `ggml_type`.
 pub fn by_ggml_type(ggml_type: u32) -> Option<&'static dyn QuantFormat> {
-    FORMATS
-        .iter()
-        .copied()
-        .find(|format| format.ggml_type() == ggml_type)
+    FORMATS.iter().copied().find(|format| format.ggml_type() == ggml_type)
 }
 
 /// The half-precision number at `block[offset..offset + 2]`.
@@ -43,15 +40,7 @@ mod tests {
         let names: Vec<_> = FORMATS.iter().map(|f| f.name()).collect();
         assert!(names.is_sorted_by(|a, b| a < b), "{names:?}");
         for format in FORMATS {
-            assert_eq!(
-                FORMATS
-                    .iter()
-                    .filter(|f| f.ggml_type() == format.ggml_type())
-                    .count(),
-                1,
-                "{}",
-                format.name()
-            );
+            assert_eq!(FORMATS.iter().filter(|f| f.ggml_type() == format.ggml_type()).count(), 1, "{}", format.name());
             assert!(by_ggml_type(format.ggml_type()).is_some_and(|f| f.name() == format.name()));
         }
         assert!(by_ggml_type(9999).is_none());
@@ -70,16 +59,8 @@ mod tests {
             format.dequantize(&blocks, &mut whole);
             assert!(whole.iter().all(|v| v.is_finite()), "{}", format.name());
             let mut single = vec![f32::NAN; format.block_size()];
-            format.dequantize(
-                &blocks[format.block_bytes()..2 * format.block_bytes()],
-                &mut single,
-            );
-            assert_eq!(
-                single,
-                whole[format.block_size()..2 * format.block_size()],
-                "{}",
-                format.name()
-            );
+            format.dequantize(&blocks[format.block_bytes()..2 * format.block_bytes()], &mut single);
+            assert_eq!(single, whole[format.block_size()..2 * format.block_size()], "{}", format.name());
         }
     }
 }

@@ -49,8 +49,7 @@ impl ChatTemplate {
         let path = folder.join("chat_template.jinja");
         if path.is_file() {
             let source = std::fs::read_to_string(&path);
-            let source =
-                source.map_err(|e| Error::model(&path, format!("cannot read the file: {e}")))?;
+            let source = source.map_err(|e| Error::model(&path, format!("cannot read the file: {e}")))?;
             return Self::named(&path, vec![("default".into(), source)], tokenizer).map(Some);
         }
         for file in ["tokenizer_config.json", "chat_template.json"] {
@@ -62,22 +61,13 @@ impl ChatTemplate {
                 Value::Null => continue,
                 Value::String(source) => vec![("default".to_owned(), source.clone())],
                 Value::Array(list) => {
-                    let entry = |e: &Value| {
-                        Some((
-                            e["name"].as_str()?.to_owned(),
-                            e["template"].as_str()?.to_owned(),
-                        ))
-                    };
+                    let entry = |e: &Value| Some((e["name"].as_str()?.to_owned(), e["template"].as_str()?.to_owned()));
                     let templates = list.iter().map(entry).collect::<Option<_>>();
-                    templates.ok_or_else(|| {
-                        Error::model(&path, "'chat_template' must list {name, template} objects")
-                    })?
+                    templates
+                        .ok_or_else(|| Error::model(&path, "'chat_template' must list {name, template} objects"))?
                 }
                 _ => {
-                    return Err(Error::model(
-                        &path,
-                        "'chat_template' must be a string or a list",
-                    ));
+                    return Err(Error::model(&path, "'chat_template' must be a string or a list"));
                 }
             };
             return Self::named(&path, templates, tokenizer).map(Some);
@@ -108,44 +98,20 @@ impl ChatTemplate {
         Self::named(path, vec![("default".into(), source.to_owned())], tokenizer)
     }
 
-    fn named(
-        path: &Path,
-        templates: Vec<(String, String)>,
-        tokenizer: &Tokenizer,
-    ) -> Result<Self, Error> {
-        let Some((_, source)) = templates
-            .iter()
-            .find(|(name, _)| name == "default")
-            .cloned()
-        else {
+    fn named(path: &Path, templates: Vec<(String, String)>, tokenizer: &Tokenizer) -> Result<Self, Error> {
+        let Some((_, source)) = templates.iter().find(|(name, _)| name == "default").cloned() else {
             let names: Vec<_> = templates.iter().map(|(name, _)| name.as_str()).collect();
-            return Err(Error::model(
-                path,
-                format!(
-                    "no chat template is named 'default', only: {}",
-                    names.join(", ")
-                ),
-            ));
+            return Err(Error::model(path, format!("no chat template is named 'default', only: {}", names.join(", "))));
         };
         let mut environment = environment();
         for (name, text) in tokenizer.special_token_texts() {
             environment.add_global(name.clone(), text.clone());
         }
         for (name, source) in templates {
-            let fail = |e| {
-                Error::model(
-                    path,
-                    format!("chat template '{name}' is not valid: {}", describe(&e)),
-                )
-            };
-            environment
-                .add_template_owned(name.clone(), without_generation_blocks(&source))
-                .map_err(fail)?;
+            let fail = |e| Error::model(path, format!("chat template '{name}' is not valid: {}", describe(&e)));
+            environment.add_template_owned(name.clone(), without_generation_blocks(&source)).map_err(fail)?;
         }
-        Ok(Self {
-            environment,
-            source,
-        })
+        Ok(Self { environment, source })
     }
 
     /// The default template's text.
@@ -158,16 +124,9 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::InvalidRequest`] if options contradict each other or the template refuses the messages.
     pub fn render(&self, messages: &[Value], options: &ChatOptions<'_>) -> Result<String, Error> {
-        let fail = |e: minijinja::Error| {
-            Error::invalid("messages", format!("chat template: {}", describe(&e)))
-        };
-        let has_tool_template =
-            options.tools.is_some() && self.environment.get_template("tool_use").is_ok();
-        let name = if has_tool_template {
-            "tool_use"
-        } else {
-            "default"
-        };
+        let fail = |e: minijinja::Error| Error::invalid("messages", format!("chat template: {}", describe(&e)));
+        let has_tool_template = options.tools.is_some() && self.environment.get_template("tool_use").is_ok();
+        let name = if has_tool_template { "tool_use" } else { "default" };
         let template = self.environment.get_template(name).map_err(fail)?;
         if !options.continue_final_message {
             return template.render(variables(messages, options)).map_err(fail);
@@ -179,21 +138,11 @@ impl ChatTemplate {
             ));
         }
         let mut messages = messages.to_vec();
-        let last = messages
-            .last_mut()
-            .and_then(|message| last_text(message.get_mut("content")?))
-            .ok_or_else(|| {
-                Error::invalid(
-                    "continue_final_message",
-                    "continue_final_message needs a last message that ends with text.",
-                )
-            })?;
+        let last = messages.last_mut().and_then(|message| last_text(message.get_mut("content")?)).ok_or_else(|| {
+            Error::invalid("continue_final_message", "continue_final_message needs a last message that ends with text.")
+        })?;
         last.push_str(CONTINUE_TAG);
-        cut_at_tag(
-            template
-                .render(variables(&messages, options))
-                .map_err(fail)?,
-        )
+        cut_at_tag(template.render(variables(&messages, options)).map_err(fail)?)
     }
 }
 
@@ -202,10 +151,7 @@ fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
         ("messages", JinjaValue::from(Serde(messages))),
         ("tools", JinjaValue::from(Serde(options.tools))),
         ("documents", JinjaValue::from(Serde(options.documents))),
-        (
-            "add_generation_prompt",
-            JinjaValue::from(options.add_generation_prompt),
-        ),
+        ("add_generation_prompt", JinjaValue::from(options.add_generation_prompt)),
     ];
     let extra = options.kwargs.into_iter().flatten();
     let extra = extra.map(|(name, value)| (name.as_str(), JinjaValue::from(Serde(value))));
@@ -216,13 +162,10 @@ fn variables(messages: &[Value], options: &ChatOptions<'_>) -> JinjaValue {
 fn last_text(content: &mut Value) -> Option<&mut String> {
     match content {
         Value::String(text) => Some(text),
-        Value::Array(parts) => parts
-            .iter_mut()
-            .rev()
-            .find_map(|part| match part.get_mut("text") {
-                Some(Value::String(text)) => Some(text),
-                _ => None,
-            }),
+        Value::Array(parts) => parts.iter_mut().rev().find_map(|part| match part.get_mut("text") {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        }),
         _ => None,
     }
 }
@@ -248,31 +191,20 @@ fn cut_at_tag(mut prompt: String) -> Result<String, Error> {
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     // Fails on delimiters that contradict each other; these are the defaults.
-    if let Ok(syntax) = minijinja::syntax::SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build()
-    {
+    if let Ok(syntax) = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         environment.set_syntax(syntax);
     }
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", tojson);
-    environment.add_function(
-        "raise_exception",
-        |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        },
-    );
-    environment.add_function(
-        "strftime_now",
-        |format: String| -> Result<String, minijinja::Error> {
-            jiff::fmt::strtime::format(&format, &jiff::Zoned::now()).map_err(|e| {
-                minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}"))
-            })
-        },
-    );
+    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| -> Result<String, minijinja::Error> {
+        jiff::fmt::strtime::format(&format, &jiff::Zoned::now())
+            .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
+    });
     environment
 }
 
@@ -299,9 +231,7 @@ fn without_generation_blocks(source: &str) -> String {
 
 /// The message of `error` without the template's internals, and the line where it happened.
 fn describe(error: &minijinja::Error) -> String {
-    let message = error
-        .detail()
-        .map_or_else(|| error.kind().to_string(), str::to_owned);
+    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     match error.line() {
         Some(line) => format!("{message} (line {line} of the template)"),
         None => message,
@@ -320,36 +250,24 @@ mod tests {
     const QWEN2: &str = include_str!("testdata/qwen2.jinja");
 
     fn template(source: &str) -> ChatTemplate {
-        ChatTemplate::from_source(Path::new("test.jinja"), source, &smollm2_tokenizer())
-            .expect("valid")
+        ChatTemplate::from_source(Path::new("test.jinja"), source, &smollm2_tokenizer()).expect("valid")
     }
 
     fn prompt() -> ChatOptions<'static> {
-        ChatOptions {
-            add_generation_prompt: true,
-            ..ChatOptions::default()
-        }
+        ChatOptions { add_generation_prompt: true, ..ChatOptions::default() }
     }
 
     fn message_of(result: Result<String, Error>) -> String {
-        result
-            .map(|text| format!("no error but {text:?}"))
-            .unwrap_or_else(|e| e.to_string())
+        result.map(|text| format!("no error but {text:?}")).unwrap_or_else(|e| e.to_string())
     }
 
     #[test]
     fn smollm2_renders_as_its_model_card_says() {
         let gguf = Gguf::open(&smollm2_path()).expect("valid");
         let tokenizer = smollm2_tokenizer();
-        let template = ChatTemplate::from_gguf(&gguf, &tokenizer)
-            .expect("valid")
-            .expect("there");
-        let text = template
-            .render(
-                &[json!({"role": "user", "content": "Hi <|im_end|>"})],
-                &prompt(),
-            )
-            .expect("rendered");
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("valid").expect("there");
+        let text =
+            template.render(&[json!({"role": "user", "content": "Hi <|im_end|>"})], &prompt()).expect("rendered");
         assert_eq!(
             text,
             "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
@@ -364,16 +282,12 @@ mod tests {
         let template = template(QWEN2);
         let user = json!({"role": "user", "content": "Hi"});
         assert_eq!(
-            template
-                .render(std::slice::from_ref(&user), &prompt())
-                .expect("rendered"),
+            template.render(std::slice::from_ref(&user), &prompt()).expect("rendered"),
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
         let system = json!({"role": "system", "content": "S"});
         assert_eq!(
-            template
-                .render(&[system, user], &ChatOptions::default())
-                .expect("rendered"),
+            template.render(&[system, user], &ChatOptions::default()).expect("rendered"),
             "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         );
     }
@@ -393,104 +307,53 @@ mod tests {
             json!({"role": "tool", "content": {"a": 1}}),
         ];
         let kwargs = json!({"builtin": ["a", "hidden", "b"], "bos_token": "<s>"});
-        let options = ChatOptions {
-            tools: Some(&tools),
-            kwargs: kwargs.as_object(),
-            ..prompt()
-        };
+        let options = ChatOptions { tools: Some(&tools), kwargs: kwargs.as_object(), ..prompt() };
         // Rendered by Jinja2 3.1 with transformers' settings.
-        assert_eq!(
-            template.render(&messages, &options).expect("rendered"),
-            WITH_TOOLS
-        );
+        assert_eq!(template.render(&messages, &options).expect("rendered"), WITH_TOOLS);
         let kwargs = json!({"date": "today", "bos_token": "<s>"});
-        let options = ChatOptions {
-            kwargs: kwargs.as_object(),
-            ..ChatOptions::default()
-        };
-        assert_eq!(
-            template.render(&messages, &options).expect("rendered"),
-            WITHOUT_TOOLS
-        );
+        let options = ChatOptions { kwargs: kwargs.as_object(), ..ChatOptions::default() };
+        assert_eq!(template.render(&messages, &options).expect("rendered"), WITHOUT_TOOLS);
 
         let two = json!({"role": "assistant", "tool_calls": [call.clone(), call]});
         let message = message_of(template.render(&[two], &prompt()));
-        assert!(
-            message.contains("This model only supports single tool-calls at once!"),
-            "{message}"
-        );
+        assert!(message.contains("This model only supports single tool-calls at once!"), "{message}");
     }
 
     #[test]
     fn special_tokens_and_the_date_are_there() {
         let template = template("{{ bos_token }}{{ eos_token }}{{ strftime_now('%Y-%m-%d') }}");
-        let text = template
-            .render(&[], &ChatOptions::default())
-            .expect("rendered");
+        let text = template.render(&[], &ChatOptions::default()).expect("rendered");
         let today = jiff::Zoned::now().strftime("%Y-%m-%d").to_string();
         assert_eq!(text, format!("<|im_start|><|im_end|>{today}"));
     }
 
     #[test]
     fn the_final_message_can_be_continued() {
-        let options = ChatOptions {
-            continue_final_message: true,
-            ..ChatOptions::default()
-        };
+        let options = ChatOptions { continue_final_message: true, ..ChatOptions::default() };
         let messages = |content: Value| {
-            [
-                json!({"role": "system", "content": ""}),
-                json!({"role": "assistant", "content": content}),
-            ]
+            [json!({"role": "system", "content": ""}), json!({"role": "assistant", "content": content})]
         };
         let qwen = template(QWEN2);
         let expected = "<|im_start|>system\n<|im_end|>\n<|im_start|>assistant\nOnce upon ";
-        assert_eq!(
-            qwen.render(&messages("Once upon ".into()), &options)
-                .expect("rendered"),
-            expected
-        );
+        assert_eq!(qwen.render(&messages("Once upon ".into()), &options).expect("rendered"), expected);
         // A template that trims content trims it here too.
         let trimming = template("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}");
-        assert_eq!(
-            trimming
-                .render(&messages("Once upon ".into()), &options)
-                .expect("rendered"),
-            "[][Once upon"
-        );
-        let parts = template(
-            "{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endfor %}",
-        );
+        assert_eq!(trimming.render(&messages("Once upon ".into()), &options).expect("rendered"), "[][Once upon");
+        let parts = template("{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endfor %}");
         let content = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]);
-        assert_eq!(
-            parts
-                .render(&messages(content), &options)
-                .expect("rendered"),
-            "(a)(b"
-        );
+        assert_eq!(parts.render(&messages(content), &options).expect("rendered"), "(a)(b");
 
         let silent = template("{% for m in messages %}{{ m.role }}{% endfor %}");
-        assert!(
-            message_of(silent.render(&messages("x".into()), &options))
-                .contains("does not appear in the chat")
-        );
+        assert!(message_of(silent.render(&messages("x".into()), &options)).contains("does not appear in the chat"));
         assert!(message_of(qwen.render(&messages(json!(3)), &options)).contains("ends with text"));
-        let both = ChatOptions {
-            add_generation_prompt: true,
-            ..options
-        };
+        let both = ChatOptions { add_generation_prompt: true, ..options };
         assert!(message_of(qwen.render(&messages("x".into()), &both)).contains("Cannot set both"));
     }
 
     #[test]
     fn named_templates_are_chosen_by_tools() {
         let folder = tempfile::tempdir().expect("a folder");
-        let write = |config: Value| {
-            std::fs::write(
-                folder.path().join("tokenizer_config.json"),
-                config.to_string(),
-            )
-        };
+        let write = |config: Value| std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string());
         write(json!({"chat_template": [
             {"name": "default", "template": "plain"},
             {"name": "tool_use", "template": "tools: {{ tools | length }}"},
@@ -500,22 +363,11 @@ mod tests {
         let template = load().expect("valid").expect("there");
         assert_eq!(template.source(), "plain");
         assert_eq!(template.render(&[], &prompt()).expect("rendered"), "plain");
-        let options = ChatOptions {
-            tools: Some(&[Value::Null]),
-            ..prompt()
-        };
-        assert_eq!(
-            template.render(&[], &options).expect("rendered"),
-            "tools: 1"
-        );
+        let options = ChatOptions { tools: Some(&[Value::Null]), ..prompt() };
+        assert_eq!(template.render(&[], &options).expect("rendered"), "tools: 1");
 
         write(json!({"chat_template": [{"name": "rag", "template": "x"}]})).expect("written");
-        assert!(
-            load()
-                .unwrap_err()
-                .to_string()
-                .contains("no chat template is named 'default', only: rag")
-        );
+        assert!(load().unwrap_err().to_string().contains("no chat template is named 'default', only: rag"));
         write(json!({"chat_template": "{% if %}"})).expect("written");
         assert!(load().unwrap_err().to_string().contains("is not valid"));
         write(json!({})).expect("written");

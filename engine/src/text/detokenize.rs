@@ -20,11 +20,7 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// A decoder for one sequence of `tokenizer`'s tokens.
     pub fn new(tokenizer: &Tokenizer, skip_special_tokens: bool) -> Self {
-        Self {
-            table: tokenizer.table().clone(),
-            skip_special_tokens,
-            pending: Vec::new(),
-        }
+        Self { table: tokenizer.table().clone(), skip_special_tokens, pending: Vec::new() }
     }
 
     /// Appends to `out` the text that token `id` completes.
@@ -100,19 +96,10 @@ mod tests {
         let tokenizer = Tokenizer::byte_level(300).expect("valid");
         let ids: Vec<u32> = tokenizer.encode("é🙂", false).expect("encodable");
         assert_eq!(ids.len(), 6);
-        assert_eq!(
-            pieces(&tokenizer, &ids, true),
-            ["", "é", "", "", "", "🙂", ""]
-        );
+        assert_eq!(pieces(&tokenizer, &ids, true), ["", "é", "", "", "", "🙂", ""]);
         // Cut short, then broken.
-        assert_eq!(
-            pieces(&tokenizer, &ids[..3], true),
-            ["", "é", "", "\u{fffd}"]
-        );
-        assert_eq!(
-            pieces(&tokenizer, &[ids[2], ids[0], ids[1]], true),
-            ["", "\u{fffd}", "é", ""]
-        );
+        assert_eq!(pieces(&tokenizer, &ids[..3], true), ["", "é", "", "\u{fffd}"]);
+        assert_eq!(pieces(&tokenizer, &[ids[2], ids[0], ids[1]], true), ["", "\u{fffd}", "é", ""]);
         // An id outside the vocabulary is no text.
         assert_eq!(pieces(&tokenizer, &[u32::MAX, 70_000], true), ["", "", ""]);
     }

@@ -53,13 +53,7 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
         nfc: false,
         add_bos: false,
     },
-    PreTokenizer {
-        names: &["gpt-2"],
-        steps: &[Step::Gpt2],
-        ignore_merges: false,
-        nfc: false,
-        add_bos: false,
-    },
+    PreTokenizer { names: &["gpt-2"], steps: &[Step::Gpt2], ignore_merges: false, nfc: false, add_bos: false },
     PreTokenizer {
         names: &["llama-bpe", "llama3", "llama-v3"],
         steps: &[Step::Regex(
@@ -88,15 +82,8 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
 ];
 
 /// Control tokens that end a turn, beside those that the file names (as llama.cpp finds them).
-const END_OF_TURN: [&str; 7] = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-];
+const END_OF_TURN: [&str; 7] =
+    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
 
 /// Token types of `tokenizer.ggml.token_type` (llama.cpp's `llama_token_type`).
 const TYPE_UNKNOWN: i64 = 2;
@@ -109,55 +96,33 @@ const TYPE_USER_DEFINED: i64 = 4;
 /// [`Error::Model`] naming the key that is missing or not supported.
 pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens), Error> {
     let model = gguf.string("tokenizer.ggml.model")?;
-    let model = model.ok_or_else(|| {
-        gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside")
-    })?;
+    let model =
+        model.ok_or_else(|| gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside"))?;
     if model != "gpt2" {
-        return Err(gguf.error(format!(
-            "tokenizer model '{model}' is not supported; supported is 'gpt2' (byte-level BPE)"
-        )));
+        return Err(
+            gguf.error(format!("tokenizer model '{model}' is not supported; supported is 'gpt2' (byte-level BPE)"))
+        );
     }
     let pre = pre_tokenizer(gguf)?;
-    let list = |key: &str| {
-        gguf.strings(key)?
-            .ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")))
-    };
+    let list = |key: &str| gguf.strings(key)?.ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")));
     let tokens = list("tokenizer.ggml.tokens")?;
-    let vocab: Vocab = tokens
-        .iter()
-        .zip(0..)
-        .map(|(token, id)| ((*token).to_owned(), id))
-        .collect();
+    let vocab: Vocab = tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect();
     let merges = list("tokenizer.ggml.merges")?.into_iter().map(|merge| {
         // The first space may be a character of the left part's own; a merge has at least one character a side.
-        let cut = merge
-            .char_indices()
-            .skip(1)
-            .find(|(_, c)| *c == ' ')
-            .map(|(i, _)| i);
-        cut.map(|i| (merge[..i].to_owned(), merge[i + 1..].to_owned()))
-            .ok_or_else(|| {
-                gguf.error(format!(
-                    "'tokenizer.ggml.merges': '{merge}' is not two parts with a space between"
-                ))
-            })
+        let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(i, _)| i);
+        cut.map(|i| (merge[..i].to_owned(), merge[i + 1..].to_owned())).ok_or_else(|| {
+            gguf.error(format!("'tokenizer.ggml.merges': '{merge}' is not two parts with a space between"))
+        })
     });
-    let bpe = BPE::builder()
-        .vocab_and_merges(vocab, merges.collect::<Result<_, _>>()?)
-        .ignore_merges(pre.ignore_merges);
-    let bpe = bpe
-        .build()
-        .map_err(|e| gguf.error(format!("vocabulary and merges do not fit together: {e}")))?;
+    let bpe =
+        BPE::builder().vocab_and_merges(vocab, merges.collect::<Result<_, _>>()?).ignore_merges(pre.ignore_merges);
+    let bpe = bpe.build().map_err(|e| gguf.error(format!("vocabulary and merges do not fit together: {e}")))?;
 
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
-    tokenizer.with_pre_tokenizer(Some(
-        steps(pre).map_err(|e| gguf.error(format!("pre-tokenizer: {e}")))?,
-    ));
+    tokenizer.with_pre_tokenizer(Some(steps(pre).map_err(|e| gguf.error(format!("pre-tokenizer: {e}")))?));
     tokenizer.with_decoder(Some(ByteLevel::default()));
     if pre.nfc {
-        tokenizer
-            .with_normalizer(Some(NFC))
-            .map_err(|e| gguf.error(format!("normalizer: {e}")))?;
+        tokenizer.with_normalizer(Some(NFC)).map_err(|e| gguf.error(format!("normalizer: {e}")))?;
     }
     let control = add_tokens(gguf, &mut tokenizer, &tokens)?;
     Ok((tokenizer, special_tokens(gguf, &tokens, &control, pre)?))
@@ -166,20 +131,10 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens
 fn pre_tokenizer(gguf: &Gguf) -> Result<&'static PreTokenizer, Error> {
     // Files made before the key existed are cut as llama.cpp cuts them.
     let name = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
-    PRE_TOKENIZERS
-        .iter()
-        .find(|pre| pre.names.contains(&name))
-        .ok_or_else(|| {
-            let supported: Vec<_> = PRE_TOKENIZERS
-                .iter()
-                .flat_map(|pre| pre.names)
-                .copied()
-                .collect();
-            gguf.error(format!(
-                "pre-tokenizer '{name}' is not supported; supported are {}",
-                supported.join(", ")
-            ))
-        })
+    PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
+        let supported: Vec<_> = PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).copied().collect();
+        gguf.error(format!("pre-tokenizer '{name}' is not supported; supported are {}", supported.join(", ")))
+    })
 }
 
 fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
@@ -190,9 +145,9 @@ fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
             Step::Digits => Digits::new(true).into(),
             Step::Regex(regex) => isolate(regex)?,
             // `ByteLevel` also turns bytes to characters, which later steps must not see.
-            Step::Gpt2 if i + 1 < pre.steps.len() => isolate(
-                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-            )?,
+            Step::Gpt2 if i + 1 < pre.steps.len() => {
+                isolate(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")?
+            }
             Step::Gpt2 => ByteLevel::new(false, true, true).into(),
         });
     }
@@ -203,23 +158,12 @@ fn steps(pre: &PreTokenizer) -> Result<PreTokenizerWrapper, tokenizers::Error> {
 }
 
 fn isolate(regex: &str) -> Result<PreTokenizerWrapper, tokenizers::Error> {
-    Ok(Split::new(
-        SplitPattern::Regex(regex.to_owned()),
-        SplitDelimiterBehavior::Isolated,
-        false,
-    )?
-    .into())
+    Ok(Split::new(SplitPattern::Regex(regex.to_owned()), SplitDelimiterBehavior::Isolated, false)?.into())
 }
 
 /// Makes the tokens that are matched before byte-pair encoding; returns the ids of the control tokens.
-fn add_tokens(
-    gguf: &Gguf,
-    tokenizer: &mut tokenizers::Tokenizer,
-    tokens: &[&str],
-) -> Result<Vec<u32>, Error> {
-    let types = gguf
-        .integers("tokenizer.ggml.token_type")?
-        .unwrap_or_default();
+fn add_tokens(gguf: &Gguf, tokenizer: &mut tokenizers::Tokenizer, tokens: &[&str]) -> Result<Vec<u32>, Error> {
+    let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
     if !types.is_empty() && types.len() != tokens.len() {
         return Err(gguf.error(format!(
             "'tokenizer.ggml.token_type' has {} entries for {} tokens",
@@ -228,75 +172,40 @@ fn add_tokens(
         )));
     }
     let of_type = |wanted: &[i64]| {
-        let ids = types
-            .iter()
-            .enumerate()
-            .filter(|(_, token_type)| wanted.contains(token_type));
-        ids.map(|(id, _)| id)
-            .filter(|&id| !tokens[id].is_empty())
-            .collect::<Vec<usize>>()
+        let ids = types.iter().enumerate().filter(|(_, token_type)| wanted.contains(token_type));
+        ids.map(|(id, _)| id).filter(|&id| !tokens[id].is_empty()).collect::<Vec<usize>>()
     };
     let control = of_type(&[TYPE_UNKNOWN, TYPE_CONTROL]);
     let fail = |e: tokenizers::Error| gguf.error(format!("'tokenizer.ggml.token_type': {e}"));
-    tokenizer
-        .add_special_tokens(control.iter().map(|&id| added_token(tokens[id], true)))
-        .map_err(fail)?;
+    tokenizer.add_special_tokens(control.iter().map(|&id| added_token(tokens[id], true))).map_err(fail)?;
     let user_defined = of_type(&[TYPE_USER_DEFINED]);
-    tokenizer
-        .add_tokens(
-            user_defined
-                .iter()
-                .map(|&id| added_token(tokens[id], false)),
-        )
-        .map_err(fail)?;
+    tokenizer.add_tokens(user_defined.iter().map(|&id| added_token(tokens[id], false))).map_err(fail)?;
     Ok(control.iter().map(|&id| id as u32).collect())
 }
 
-fn special_tokens(
-    gguf: &Gguf,
-    tokens: &[&str],
-    control: &[u32],
-    pre: &PreTokenizer,
-) -> Result<SpecialTokens, Error> {
+fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], pre: &PreTokenizer) -> Result<SpecialTokens, Error> {
     let id_at = |key: &str| -> Result<Option<u32>, Error> {
         match gguf.integer(key)? {
-            Some(id) if id >= tokens.len() => Err(gguf.error(format!(
-                "'{key}' is {id}, but there are only {} tokens",
-                tokens.len()
-            ))),
+            Some(id) if id >= tokens.len() => {
+                Err(gguf.error(format!("'{key}' is {id}, but there are only {} tokens", tokens.len())))
+            }
             id => Ok(id.map(|id| id as u32)),
         }
     };
     let mut special = SpecialTokens {
         bos: id_at("tokenizer.ggml.bos_token_id")?,
-        add_bos: Some(
-            gguf.bool("tokenizer.ggml.add_bos_token")?
-                .unwrap_or(pre.add_bos),
-        ),
+        add_bos: Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.add_bos)),
         ..SpecialTokens::default()
     };
-    for (field, key) in [
-        ("bos_token", "bos"),
-        ("eos_token", "eos"),
-        ("unk_token", "unknown"),
-        ("pad_token", "padding"),
-    ] {
+    for (field, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
+    {
         if let Some(id) = id_at(&format!("tokenizer.ggml.{key}_token_id"))? {
-            special
-                .texts
-                .insert(field.to_owned(), tokens[id as usize].to_owned());
+            special.texts.insert(field.to_owned(), tokens[id as usize].to_owned());
         }
     }
     let named = ["eos", "eot", "eom"].map(|key| id_at(&format!("tokenizer.ggml.{key}_token_id")));
-    let named = named
-        .into_iter()
-        .collect::<Result<Vec<_>, _>>()?
-        .into_iter()
-        .flatten();
-    let found = control
-        .iter()
-        .copied()
-        .filter(|&id| END_OF_TURN.contains(&tokens[id as usize]));
+    let named = named.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten();
+    let found = control.iter().copied().filter(|&id| END_OF_TURN.contains(&tokens[id as usize]));
     for id in named.chain(found) {
         if !special.eos.contains(&id) {
             special.eos.push(id);
@@ -315,21 +224,16 @@ mod tests {
 
     /// 256 bytes, a few digits that merge, `<s>` and a user-defined token.
     fn file(pre: &str) -> GgufWriter {
-        let bytes: Vec<String> = (0..=255)
-            .map(|byte| char_of_byte(byte).to_string())
-            .collect();
+        let bytes: Vec<String> = (0..=255).map(|byte| char_of_byte(byte).to_string()).collect();
         let mut tokens: Vec<&str> = bytes.iter().map(String::as_str).collect();
         tokens.extend(["12", "123", "1234", "45", "<s>", "<|eot_id|>", "<mine>"]);
         let mut types = vec![1; tokens.len()];
         types[260..].copy_from_slice(&[3, 3, 4]);
         let mut w = GgufWriter::default();
-        w.string("tokenizer.ggml.model", "gpt2")
-            .string("tokenizer.ggml.pre", pre);
-        w.strings("tokenizer.ggml.tokens", &tokens)
-            .i32s("tokenizer.ggml.token_type", &types);
+        w.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", pre);
+        w.strings("tokenizer.ggml.tokens", &tokens).i32s("tokenizer.ggml.token_type", &types);
         w.strings("tokenizer.ggml.merges", &["1 2", "12 3", "123 4", "4 5"]);
-        w.u32("tokenizer.ggml.bos_token_id", 260)
-            .u32("tokenizer.ggml.eos_token_id", 260);
+        w.u32("tokenizer.ggml.bos_token_id", 260).u32("tokenizer.ggml.eos_token_id", 260);
         w
     }
 
@@ -350,23 +254,12 @@ mod tests {
         for (pre, expected) in cases {
             let tokenizer = open(&file(pre)).expect("valid");
             let ids = tokenizer.encode("12345", false).expect("encodable");
-            let pieces: Vec<_> = ids
-                .iter()
-                .filter_map(|&id| tokenizer.token_piece(id))
-                .collect();
+            let pieces: Vec<_> = ids.iter().filter_map(|&id| tokenizer.token_piece(id)).collect();
             assert_eq!(pieces, expected, "{pre}");
             let text = "It's 12345 naïve\t\u{a0}words,\r\n\n  世界!? e\u{301}<s>";
             let ids = tokenizer.encode(text, false).expect("encodable");
-            let expected = if pre == "qwen2" {
-                text.replace("e\u{301}", "é")
-            } else {
-                text.to_owned()
-            };
-            assert_eq!(
-                tokenizer.decode(&ids, false).expect("decodable"),
-                expected,
-                "{pre}"
-            );
+            let expected = if pre == "qwen2" { text.replace("e\u{301}", "é") } else { text.to_owned() };
+            assert_eq!(tokenizer.decode(&ids, false).expect("decodable"), expected, "{pre}");
         }
     }
 
@@ -375,34 +268,16 @@ mod tests {
         let llama = open(&file("llama-bpe")).expect("valid");
         assert_eq!(llama.encode("A", true).expect("encodable"), [260, 65]);
         assert_eq!(llama.encode("A", false).expect("encodable"), [65]);
-        assert_eq!(
-            llama.encode_with_special("<s>A<mine>").expect("encodable"),
-            [260, 65, 262]
-        );
+        assert_eq!(llama.encode_with_special("<s>A<mine>").expect("encodable"), [260, 65, 262]);
         // User-defined tokens are no special ones: plain text has them too, and they are shown.
         assert_eq!(llama.encode("<s>", false).expect("encodable").len(), 3);
         assert_eq!(llama.encode("<mine>", false).expect("encodable"), [262]);
-        assert_eq!(
-            llama.decode(&[260, 262], true).expect("decodable"),
-            "<mine>"
-        );
+        assert_eq!(llama.decode(&[260, 262], true).expect("decodable"), "<mine>");
         assert_eq!(llama.eos_token_ids(), [260, 261]);
         let mut without = file("llama-bpe");
         without.bool("tokenizer.ggml.add_bos_token", false);
-        assert_eq!(
-            open(&without)
-                .expect("valid")
-                .encode("A", true)
-                .expect("encodable"),
-            [65]
-        );
-        assert_eq!(
-            open(&file("qwen2"))
-                .expect("valid")
-                .encode("A", true)
-                .expect("encodable"),
-            [65]
-        );
+        assert_eq!(open(&without).expect("valid").encode("A", true).expect("encodable"), [65]);
+        assert_eq!(open(&file("qwen2")).expect("valid").encode("A", true).expect("encodable"), [65]);
     }
 
     #[test]
@@ -431,18 +306,9 @@ mod tests {
             "is 999, but there are only 263",
         );
         let one_type = [5u32.to_le_bytes().as_slice(), &1u64.to_le_bytes(), &[0; 4]].concat();
-        check(
-            &|w| w.replace("tokenizer.ggml.token_type", 9, &one_type),
-            "has 1 entries for 263 tokens",
-        );
+        check(&|w| w.replace("tokenizer.ggml.token_type", 9, &one_type), "has 1 entries for 263 tokens");
         let array = |s: &str| [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text(s)].concat();
-        check(
-            &|w| w.replace("tokenizer.ggml.merges", 9, &array("ab")),
-            "'ab' is not two parts",
-        );
-        check(
-            &|w| w.replace("tokenizer.ggml.merges", 9, &array("a bcd")),
-            "do not fit together",
-        );
+        check(&|w| w.replace("tokenizer.ggml.merges", 9, &array("ab")), "'ab' is not two parts");
+        check(&|w| w.replace("tokenizer.ggml.merges", 9, &array("a bcd")), "do not fit together");
     }
 }

@@ -19,12 +19,7 @@ pub struct StopMatcher {
 impl StopMatcher {
     /// A matcher for one sequence. `stops` must hold no empty string; without any, text passes through.
     pub fn new(stops: Arc<[String]>, include_stop_str_in_output: bool) -> Self {
-        Self {
-            stops,
-            include_stop_str_in_output,
-            held: String::new(),
-            found: None,
-        }
+        Self { stops, include_stop_str_in_output, held: String::new(), found: None }
     }
 
     /// Takes `text`, appends to `out` what is safe to show, and returns the stop string if one is complete.
@@ -38,17 +33,9 @@ impl StopMatcher {
             return None;
         }
         self.held.push_str(text);
-        let ends = self
-            .stops
-            .iter()
-            .enumerate()
-            .filter_map(|(i, stop)| Some((self.held.find(stop)? + stop.len(), i)));
+        let ends = self.stops.iter().enumerate().filter_map(|(i, stop)| Some((self.held.find(stop)? + stop.len(), i)));
         if let Some((end, i)) = ends.min() {
-            let end = if self.include_stop_str_in_output {
-                end
-            } else {
-                end - self.stops[i].len()
-            };
+            let end = if self.include_stop_str_in_output { end } else { end - self.stops[i].len() };
             out.push_str(&self.held[..end]);
             self.held.clear();
             self.found = Some(i);
@@ -74,9 +61,9 @@ impl StopMatcher {
     fn longest_start_of_a_stop(&self) -> usize {
         let starts = self.stops.iter().filter_map(|stop| {
             let longest = (stop.len() - 1).min(self.held.len());
-            (1..=longest).rev().find(|&n| {
-                self.held.as_bytes().ends_with(&stop.as_bytes()[..n]) && stop.is_char_boundary(n)
-            })
+            (1..=longest)
+                .rev()
+                .find(|&n| self.held.as_bytes().ends_with(&stop.as_bytes()[..n]) && stop.is_char_boundary(n))
         });
         starts.max().unwrap_or(0)
     }
@@ -88,11 +75,7 @@ mod tests {
 
     use super::*;
 
-    fn run<'a>(
-        stops: &[&str],
-        include: bool,
-        chunks: impl IntoIterator<Item = &'a str>,
-    ) -> (String, Option<String>) {
+    fn run<'a>(stops: &[&str], include: bool, chunks: impl IntoIterator<Item = &'a str>) -> (String, Option<String>) {
         let mut matcher = StopMatcher::new(stops.iter().map(|s| s.to_string()).collect(), include);
         let mut out = String::new();
         for chunk in chunks {
@@ -133,10 +116,7 @@ mod tests {
 
     #[test]
     fn characters_that_share_bytes_are_no_match() {
-        assert_eq!(
-            run(&["é"], false, ["è", "é"]),
-            ("è".into(), Some("é".into()))
-        );
+        assert_eq!(run(&["é"], false, ["è", "é"]), ("è".into(), Some("é".into())));
         assert_eq!(run(&[], false, ["a", "b"]), ("ab".into(), None));
     }
 

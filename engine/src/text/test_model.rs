@@ -12,11 +12,7 @@ use crate::weights::gguf::Gguf;
 pub(crate) fn smollm2_path() -> PathBuf {
     let home = std::env::var_os("HOME").expect("HOME is set");
     let path = PathBuf::from(home).join(".cache/ember/models/SmolLM2-135M-Instruct-Q4_1.gguf");
-    assert!(
-        path.is_file(),
-        "{} is missing; run `cargo xtask model smollm2` first",
-        path.display()
-    );
+    assert!(path.is_file(), "{} is missing; run `cargo xtask model smollm2` first", path.display());
     path
 }
 

@@ -33,41 +33,27 @@ impl Spelling {
             Some(steps) => steps.iter().collect(),
             None => vec![decoder],
         };
-        let step = |kind: &str| {
-            steps
-                .iter()
-                .find(|s| s.get("type").and_then(Value::as_str) == Some(kind))
-        };
+        let step = |kind: &str| steps.iter().find(|s| s.get("type").and_then(Value::as_str) == Some(kind));
         if step("ByteLevel").is_some() {
             return Some(Self::ByteLevel);
         }
         if let Some(metaspace) = step("Metaspace") {
             let never = metaspace.get("prepend_scheme").and_then(Value::as_str) == Some("never");
-            return Some(Self::SentencePiece {
-                strips_first_space: !never,
-            });
+            return Some(Self::SentencePiece { strips_first_space: !never });
         }
-        step("ByteFallback").map(|_| Self::SentencePiece {
-            strips_first_space: step("Strip").is_some(),
-        })
+        step("ByteFallback").map(|_| Self::SentencePiece { strips_first_space: step("Strip").is_some() })
     }
 
     fn bytes_of(self, token: &str) -> Vec<u8> {
         match self {
             // As in `tokenizers`, a token with a character outside the alphabet is plain text.
-            Self::ByteLevel => token
-                .chars()
-                .map(byte_of_char)
-                .collect::<Option<_>>()
-                .unwrap_or_else(|| token.into()),
-            Self::SentencePiece { .. } => {
-                match token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')) {
-                    Some(hex) if hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok() => {
-                        u8::from_str_radix(hex, 16).into_iter().collect()
-                    }
-                    _ => token.replace('▁', " ").into_bytes(),
+            Self::ByteLevel => token.chars().map(byte_of_char).collect::<Option<_>>().unwrap_or_else(|| token.into()),
+            Self::SentencePiece { .. } => match token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')) {
+                Some(hex) if hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok() => {
+                    u8::from_str_radix(hex, 16).into_iter().collect()
                 }
-            }
+                _ => token.replace('▁', " ").into_bytes(),
+            },
         }
     }
 }
@@ -89,12 +75,7 @@ impl TokenTable {
             bytes: Vec::new(),
             starts: vec![0],
             special: all.iter().map(|(_, special)| *special).collect(),
-            strips_first_space: matches!(
-                spelling,
-                Spelling::SentencePiece {
-                    strips_first_space: true
-                }
-            ),
+            strips_first_space: matches!(spelling, Spelling::SentencePiece { strips_first_space: true }),
         };
         for (bytes, _) in all {
             table.bytes.extend(bytes);
@@ -152,9 +133,7 @@ mod tests {
     fn the_byte_alphabet_is_a_bijection() {
         let alphabet: std::collections::HashSet<char> = (0..=255).map(char_of_byte).collect();
         let theirs: std::collections::HashSet<char> =
-            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet()
-                .into_iter()
-                .collect();
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         assert_eq!(alphabet, theirs);
         for byte in 0..=255 {
             assert_eq!(byte_of_char(char_of_byte(byte)), Some(byte));
@@ -165,26 +144,17 @@ mod tests {
 
     #[test]
     fn tokens_are_spelled_as_their_decoder_says() {
-        let byte_level =
-            Spelling::of_decoder(&serde_json::json!({"type": "ByteLevel"})).expect("known");
+        let byte_level = Spelling::of_decoder(&serde_json::json!({"type": "ByteLevel"})).expect("known");
         assert_eq!(byte_level.bytes_of("Ġhé"), [b' ', b'h', 0xe9]);
         assert_eq!(byte_level.bytes_of("<|世|>"), "<|世|>".as_bytes());
         let llama2 = serde_json::json!({"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]});
         let pieces = Spelling::of_decoder(&llama2).expect("known");
-        assert_eq!(
-            pieces,
-            Spelling::SentencePiece {
-                strips_first_space: true
-            }
-        );
+        assert_eq!(pieces, Spelling::SentencePiece { strips_first_space: true });
         assert_eq!(pieces.bytes_of("▁hé"), " hé".as_bytes());
         assert_eq!(pieces.bytes_of("<0xE9>"), [0xe9]);
         assert_eq!(pieces.bytes_of("<0x1>"), b"<0x1>");
-        assert_eq!(
-            Spelling::of_decoder(&serde_json::json!({"type": "WordPiece"})),
-            None
-        );
+        assert_eq!(Spelling::of_decoder(&serde_json::json!({"type": "WordPiece"})), None);
     }
 }

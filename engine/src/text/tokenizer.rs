@@ -16,14 +16,7 @@ use super::{
 use crate::{Error, weights::gguf::Gguf};
 
 /// Names of special tokens in tokenizer_config.json that chat templates may use.
-const SPECIAL_TOKEN_FIELDS: [&str; 6] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "sep_token",
-    "cls_token",
-];
+const SPECIAL_TOKEN_FIELDS: [&str; 6] = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"];
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -96,10 +89,7 @@ impl Tokenizer {
         let bytes = (0..=255u8).map(|byte| (char_of_byte(byte).to_string(), u32::from(byte)));
         let words = (256..vocab_size as u32).map(|id| (format!("{}w{id}", char_of_byte(b' ')), id));
         let vocab: Vocab = bytes.chain(words).collect();
-        let model = BPE::builder()
-            .vocab_and_merges(vocab, Vec::new())
-            .build()
-            .map_err(|e| fail(e.to_string()))?;
+        let model = BPE::builder().vocab_and_merges(vocab, Vec::new()).build().map_err(|e| fail(e.to_string()))?;
         let mut tokenizer = tokenizers::Tokenizer::new(model);
         tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, false, false)));
         tokenizer.with_decoder(Some(ByteLevel::default()));
@@ -118,32 +108,14 @@ impl Tokenizer {
         let vocab = parsing.get_vocab(true);
         let n_tokens = vocab.values().max().map_or(0, |&id| id as usize + 1);
         let is_special = |id: u32| added.get(&id).is_some_and(|token| token.special);
-        let table = TokenTable::new(
-            n_tokens,
-            vocab
-                .into_iter()
-                .map(|(token, id)| (id, token, is_special(id))),
-            spelling,
-        );
+        let table =
+            TokenTable::new(n_tokens, vocab.into_iter().map(|(token, id)| (id, token, is_special(id))), spelling);
         let mut plain = parsing.clone();
         plain.set_encode_special_tokens(true);
-        let mut tokenizer = Self {
-            parsing,
-            plain,
-            table: Arc::new(table),
-            prefix: None,
-            special,
-        };
+        let mut tokenizer = Self { parsing, plain, table: Arc::new(table), prefix: None, special };
         if tokenizer.special.add_bos == Some(true) {
-            let begins_with = tokenizer
-                .encode("a", true)
-                .map_err(|e| e.to_string())?
-                .first()
-                .copied();
-            tokenizer.prefix = tokenizer
-                .special
-                .bos
-                .filter(|&bos| begins_with != Some(bos));
+            let begins_with = tokenizer.encode("a", true).map_err(|e| e.to_string())?.first().copied();
+            tokenizer.prefix = tokenizer.special.bos.filter(|&bos| begins_with != Some(bos));
         }
         Ok(tokenizer)
     }
@@ -175,13 +147,8 @@ impl Tokenizer {
     /// # Errors
     /// None now; the signature allows for decoders that can fail.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error> {
-        let shown = ids
-            .iter()
-            .filter(|&&id| !(skip_special_tokens && self.table.is_special(id)));
-        let bytes: Vec<u8> = shown
-            .flat_map(|&id| self.table.bytes(id))
-            .copied()
-            .collect();
+        let shown = ids.iter().filter(|&&id| !(skip_special_tokens && self.table.is_special(id)));
+        let bytes: Vec<u8> = shown.flat_map(|&id| self.table.bytes(id)).copied().collect();
         let bytes = match bytes.strip_prefix(b" ") {
             Some(rest) if self.table.strips_first_space => rest,
             _ => &bytes,
@@ -234,45 +201,27 @@ impl Tokenizer {
     }
 }
 
-fn encode(
-    tokenizer: &tokenizers::Tokenizer,
-    text: &str,
-    add_special_tokens: bool,
-) -> Result<Vec<u32>, Error> {
+fn encode(tokenizer: &tokenizers::Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
     let encoding = tokenizer.encode_fast(text, add_special_tokens);
-    let encoding = encoding
-        .map_err(|e| Error::invalid("prompt", format!("the prompt cannot be tokenized: {e}")))?;
+    let encoding = encoding.map_err(|e| Error::invalid("prompt", format!("the prompt cannot be tokenized: {e}")))?;
     Ok(encoding.get_ids().to_vec())
 }
 
 /// Special tokens by tokenizer_config.json, else special_tokens_map.json.
-fn special_tokens_of_folder(
-    folder: &Path,
-    tokenizer: &tokenizers::Tokenizer,
-) -> Result<SpecialTokens, Error> {
-    let files = ["tokenizer_config.json", "special_tokens_map.json"]
-        .map(|name| read_json(&folder.join(name)));
+fn special_tokens_of_folder(folder: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<SpecialTokens, Error> {
+    let files = ["tokenizer_config.json", "special_tokens_map.json"].map(|name| read_json(&folder.join(name)));
     let [config, map] = files;
     let (config, map) = (config?.unwrap_or_default(), map?.unwrap_or_default());
-    let mut special = SpecialTokens {
-        add_bos: config["add_bos_token"].as_bool(),
-        ..SpecialTokens::default()
-    };
+    let mut special = SpecialTokens { add_bos: config["add_bos_token"].as_bool(), ..SpecialTokens::default() };
     for field in SPECIAL_TOKEN_FIELDS {
         // A token is a string or an object with its `content`.
-        let text = [&config, &map]
-            .into_iter()
-            .find_map(|file| file[field].as_str().or(file[field]["content"].as_str()));
+        let text =
+            [&config, &map].into_iter().find_map(|file| file[field].as_str().or(file[field]["content"].as_str()));
         if let Some(text) = text {
             special.texts.insert(field.to_owned(), text.to_owned());
         }
     }
-    let id_of = |field: &str| {
-        special
-            .texts
-            .get(field)
-            .and_then(|text| tokenizer.token_to_id(text))
-    };
+    let id_of = |field: &str| special.texts.get(field).and_then(|text| tokenizer.token_to_id(text));
     let (bos, eos) = (id_of("bos_token"), id_of("eos_token"));
     special.bos = bos;
     special.eos.extend(eos);
@@ -284,11 +233,8 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     if !path.is_file() {
         return Ok(None);
     }
-    let text = std::fs::read(path)
-        .map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|e| Error::model(path, format!("not valid JSON: {e}")))
+    let text = std::fs::read(path).map_err(|e| Error::model(path, format!("cannot read the file: {e}")))?;
+    serde_json::from_slice(&text).map(Some).map_err(|e| Error::model(path, format!("not valid JSON: {e}")))
 }
 
 /// A token that is matched in the text as it is written.
@@ -310,25 +256,11 @@ mod tests {
             parsed: Vec<u32>,
         }
         // llama.cpp's `/tokenize` on the same file, with `parse_special` off and on.
-        let cases: Vec<Case> =
-            serde_json::from_str(include_str!("testdata/smollm2_tokens.json")).expect("valid");
+        let cases: Vec<Case> = serde_json::from_str(include_str!("testdata/smollm2_tokens.json")).expect("valid");
         let tokenizer = smollm2_tokenizer();
-        for Case {
-            text,
-            plain,
-            parsed,
-        } in cases
-        {
-            assert_eq!(
-                tokenizer.encode(&text, true).expect("encodable"),
-                plain,
-                "{text:?}"
-            );
-            assert_eq!(
-                tokenizer.encode_with_special(&text).expect("encodable"),
-                parsed,
-                "{text:?}"
-            );
+        for Case { text, plain, parsed } in cases {
+            assert_eq!(tokenizer.encode(&text, true).expect("encodable"), plain, "{text:?}");
+            assert_eq!(tokenizer.encode_with_special(&text).expect("encodable"), parsed, "{text:?}");
             assert_eq!(tokenizer.decode(&plain, true).expect("decodable"), text);
             assert_eq!(tokenizer.decode(&parsed, false).expect("decodable"), text);
         }
@@ -337,10 +269,7 @@ mod tests {
         assert_eq!(tokenizer.eos_token_ids(), [2, 0]);
         assert_eq!(tokenizer.token_piece(1).as_deref(), Some("<|im_start|>"));
         assert_eq!(tokenizer.token_id("<|im_end|>"), Some(2));
-        assert_eq!(
-            tokenizer.decode(&[1, 504, 2], true).expect("decodable"),
-            "The"
-        );
+        assert_eq!(tokenizer.decode(&[1, 504, 2], true).expect("decodable"), "The");
         assert_eq!(tokenizer.token_bytes(216), b" ");
         assert_eq!(tokenizer.token_bytes(1 << 20), b"");
     }
@@ -355,11 +284,7 @@ mod tests {
             let ids: Vec<u32> = (0..40).map(|i| (start + i * 1_231) % 49_152).collect();
             for skip in [false, true] {
                 let expected = theirs.decode(&ids, skip).expect("decodable");
-                assert_eq!(
-                    tokenizer.decode(&ids, skip).expect("decodable"),
-                    expected,
-                    "from {start}"
-                );
+                assert_eq!(tokenizer.decode(&ids, skip).expect("decodable"), expected, "from {start}");
             }
         }
     }
@@ -367,46 +292,23 @@ mod tests {
     /// A folder with tokenizer.json of `model` and the given tokenizer_config.json.
     fn folder(tokenizer: &tokenizers::Tokenizer, config: &Value) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("a folder");
-        tokenizer
-            .save(folder.path().join("tokenizer.json"), false)
-            .expect("written");
-        std::fs::write(
-            folder.path().join("tokenizer_config.json"),
-            config.to_string(),
-        )
-        .expect("written");
+        tokenizer.save(folder.path().join("tokenizer.json"), false).expect("written");
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).expect("written");
         folder
     }
 
     #[test]
     fn a_folder_says_its_special_tokens() {
         let mut inner = Tokenizer::byte_level(300).expect("valid").parsing;
-        inner
-            .add_special_tokens([added_token("<s>", true), added_token("</s>", true)])
-            .expect("added");
+        inner.add_special_tokens([added_token("<s>", true), added_token("</s>", true)]).expect("added");
         let config = serde_json::json!({"add_bos_token": true, "bos_token": "<s>", "eos_token": {"content": "</s>"}});
         let tokenizer = Tokenizer::from_folder(folder(&inner, &config).path()).expect("valid");
-        assert_eq!(
-            (tokenizer.bos_token_id(), tokenizer.eos_token_ids()),
-            (Some(300), &[301][..])
-        );
-        assert_eq!(
-            tokenizer.encode("A</s>", false).expect("encodable"),
-            b"A</s>".map(u32::from)
-        );
+        assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_ids()), (Some(300), &[301][..]));
+        assert_eq!(tokenizer.encode("A</s>", false).expect("encodable"), b"A</s>".map(u32::from));
         assert_eq!(tokenizer.encode("A", true).expect("encodable"), [300, 65]);
-        assert_eq!(
-            tokenizer.encode_with_special("A</s>").expect("encodable"),
-            [65, 301]
-        );
-        assert_eq!(
-            tokenizer.decode(&[300, 65, 301], false).expect("decodable"),
-            "<s>A</s>"
-        );
-        assert_eq!(
-            tokenizer.decode(&[300, 65, 301], true).expect("decodable"),
-            "A"
-        );
+        assert_eq!(tokenizer.encode_with_special("A</s>").expect("encodable"), [65, 301]);
+        assert_eq!(tokenizer.decode(&[300, 65, 301], false).expect("decodable"), "<s>A</s>");
+        assert_eq!(tokenizer.decode(&[300, 65, 301], true).expect("decodable"), "A");
         assert_eq!(tokenizer.special_token_texts()["eos_token"], "</s>");
         assert!(tokenizer.is_special(301) && !tokenizer.is_special(65));
     }
@@ -414,31 +316,16 @@ mod tests {
     #[test]
     fn unusable_tokenizers_say_what_to_do() {
         let empty = tempfile::tempdir().expect("a folder");
-        let message = Tokenizer::from_folder(empty.path())
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("tokenizer.json: the file is missing; download it"),
-            "{message}"
-        );
+        let message = Tokenizer::from_folder(empty.path()).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: the file is missing; download it"), "{message}");
         std::fs::write(empty.path().join("tokenizer.json"), "{}").expect("written");
-        assert!(
-            Tokenizer::from_folder(empty.path())
-                .unwrap_err()
-                .to_string()
-                .contains("not a valid tokenizer")
-        );
+        assert!(Tokenizer::from_folder(empty.path()).unwrap_err().to_string().contains("not a valid tokenizer"));
 
         let mut inner = Tokenizer::byte_level(256).expect("valid").parsing;
         inner.with_decoder(Some(tokenizers::decoders::wordpiece::WordPiece::default()));
         let wordpiece = folder(&inner, &serde_json::json!({}));
-        let message = Tokenizer::from_folder(wordpiece.path())
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("decoder \"WordPiece\" is not supported"),
-            "{message}"
-        );
+        let message = Tokenizer::from_folder(wordpiece.path()).unwrap_err().to_string();
+        assert!(message.contains("decoder \"WordPiece\" is not supported"), "{message}");
         assert!(Tokenizer::byte_level(255).is_err());
     }
 
@@ -446,13 +333,7 @@ mod tests {
     fn the_stand_in_has_a_word_for_every_id() {
         let tokenizer = Tokenizer::byte_level(1000).expect("valid");
         assert_eq!(tokenizer.vocab_size(), 1000);
-        assert_eq!(
-            tokenizer.encode("né", true).expect("encodable"),
-            "né".bytes().map(u32::from).collect::<Vec<_>>()
-        );
-        assert_eq!(
-            tokenizer.decode(&[110, 999, 300], true).expect("decodable"),
-            "n w999 w300"
-        );
+        assert_eq!(tokenizer.encode("né", true).expect("encodable"), "né".bytes().map(u32::from).collect::<Vec<_>>());
+        assert_eq!(tokenizer.decode(&[110, 999, 300], true).expect("decodable"), "n w999 w300");
     }
 }

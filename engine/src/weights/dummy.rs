@@ -36,10 +36,7 @@ impl DummySource {
     /// [`Error::Config`] if `dtype` is quantised.
     pub fn new(spec: DecoderSpec, seed: u64, dtype: DType) -> Result<Self, Error> {
         if let DType::Quant(format) = dtype {
-            return Err(Error::config(
-                "--load-format",
-                format!("dummy weights cannot be {}", format.name()),
-            ));
+            return Err(Error::config("--load-format", format!("dummy weights cannot be {}", format.name())));
         }
         Ok(Self { spec, seed, dtype })
     }
@@ -49,16 +46,11 @@ impl WeightSource for DummySource {
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
         use LayerWeight::*;
         let shape = self.spec.shape(weight);
-        let shape = shape
-            .ok_or_else(|| Error::model("dummy weights", format!("the model has no {weight:?}")))?;
+        let shape = shape.ok_or_else(|| Error::model("dummy weights", format!("the model has no {weight:?}")))?;
         let n_elements = shape.iter().product();
         let bound = match weight {
-            Weight::FinalNorm | Weight::Layer(_, InputNorm | PostAttentionNorm | QNorm | KNorm) => {
-                None
-            }
-            Weight::Layer(_, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias) => {
-                Some(0.01)
-            }
+            Weight::FinalNorm | Weight::Layer(_, InputNorm | PostAttentionNorm | QNorm | KNorm) => None,
+            Weight::Layer(_, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias) => Some(0.01),
             _ => Some(1.0 / (shape[shape.len() - 1] as f32).sqrt()),
         };
         let value = |level: usize| match bound {
@@ -68,41 +60,28 @@ impl WeightSource for DummySource {
         let key = split_mix(self.seed ^ split_mix(weight_number(weight)));
         let data = match self.dtype {
             DType::F32 => fill(n_elements, key, |level| value(level).to_le_bytes()),
-            DType::F16 => fill(n_elements, key, |level| {
-                f16::from_f32(value(level)).to_le_bytes()
-            }),
-            _ => fill(n_elements, key, |level| {
-                bf16::from_f32(value(level)).to_le_bytes()
-            }),
+            DType::F16 => fill(n_elements, key, |level| f16::from_f32(value(level)).to_le_bytes()),
+            _ => fill(n_elements, key, |level| bf16::from_f32(value(level)).to_le_bytes()),
         };
-        Ok(TensorView {
-            dtype: self.dtype,
-            shape,
-            data: Cow::Owned(data),
-        })
+        Ok(TensorView { dtype: self.dtype, shape, data: Cow::Owned(data) })
     }
 }
 
 /// `n_elements` elements of `N` bytes, each a random one of `value`'s levels.
 fn fill<const N: usize>(n_elements: usize, key: u64, value: impl Fn(usize) -> [u8; N]) -> Vec<u8> {
     let mut levels = [[0; N]; N_LEVELS];
-    levels
-        .iter_mut()
-        .enumerate()
-        .for_each(|(level, bytes)| *bytes = value(level));
+    levels.iter_mut().enumerate().for_each(|(level, bytes)| *bytes = value(level));
     let mut data = vec![0u8; n_elements * N];
-    data.par_chunks_mut(CHUNK * N)
-        .enumerate()
-        .for_each(|(i, chunk)| {
-            let first_draw = (i * CHUNK / PER_DRAW) as u64;
-            for (draw, group) in chunk.chunks_mut(PER_DRAW * N).enumerate() {
-                let mut bits = split_mix(key.wrapping_add(first_draw + draw as u64));
-                for element in group.as_chunks_mut::<N>().0 {
-                    *element = levels[bits as usize % N_LEVELS];
-                    bits >>= N_LEVELS.trailing_zeros();
-                }
+    data.par_chunks_mut(CHUNK * N).enumerate().for_each(|(i, chunk)| {
+        let first_draw = (i * CHUNK / PER_DRAW) as u64;
+        for (draw, group) in chunk.chunks_mut(PER_DRAW * N).enumerate() {
+            let mut bits = split_mix(key.wrapping_add(first_draw + draw as u64));
+            for element in group.as_chunks_mut::<N>().0 {
+                *element = levels[bits as usize % N_LEVELS];
+                bits >>= N_LEVELS.trailing_zeros();
             }
-        });
+        }
+    });
     data
 }
 
@@ -141,10 +120,7 @@ mod tests {
             vocab_size: 1000,
             max_position: 128,
             norm_eps: 1e-5,
-            rope: Rope {
-                theta: 10_000.0,
-                scaling: RopeScaling::None,
-            },
+            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
             tie_embeddings: false,
             qkv_bias: true,
             o_bias: false,
@@ -155,11 +131,7 @@ mod tests {
     }
 
     fn values(source: &DummySource, weight: Weight) -> Vec<f32> {
-        source
-            .get(weight)
-            .expect("in the model")
-            .to_f32()
-            .into_owned()
+        source.get(weight).expect("in the model").to_f32().into_owned()
     }
 
     #[test]
@@ -177,28 +149,16 @@ mod tests {
         let mean = v.iter().sum::<f32>() / n;
         let variance = v.iter().map(|x| x * x).sum::<f32>() / n;
         assert!(mean.abs() < 0.01 * bound, "{mean}");
-        assert!(
-            (variance - bound * bound / 3.0).abs() < 0.02 * bound * bound,
-            "{variance}"
-        );
+        assert!((variance - bound * bound / 3.0).abs() < 0.02 * bound * bound, "{variance}");
         // Neighbours are independent.
         let covariance = v.windows(2).map(|w| w[0] * w[1]).sum::<f32>() / n;
         assert!(covariance.abs() < 0.01 * bound * bound, "{covariance}");
 
         assert!(values(&a, Weight::FinalNorm).iter().all(|x| *x == 1.0));
-        assert!(
-            values(&a, Weight::Layer(0, LayerWeight::QBias))
-                .iter()
-                .all(|x| x.abs() <= 0.01)
-        );
+        assert!(values(&a, Weight::Layer(0, LayerWeight::QBias)).iter().all(|x| x.abs() <= 0.01));
         assert!(a.get(Weight::Layer(2, LayerWeight::QProj)).is_err());
         let brains = values(&of(1, DType::BF16), down);
-        assert!(
-            brains
-                .iter()
-                .zip(&v)
-                .all(|(b, x)| (b - x).abs() <= x.abs() / 256.0)
-        );
+        assert!(brains.iter().zip(&v).all(|(b, x)| (b - x).abs() <= x.abs() / 256.0));
     }
 
     #[test]

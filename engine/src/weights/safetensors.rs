@@ -51,33 +51,18 @@ impl SafetensorsSource {
         spec: DecoderSpec,
         tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
     ) -> Result<Self, Error> {
-        let shards = shard_paths(folder)?
-            .iter()
-            .map(|path| Shard::open(path))
-            .collect::<Result<Vec<_>, _>>()?;
+        let shards = shard_paths(folder)?.iter().map(|path| Shard::open(path)).collect::<Result<Vec<_>, _>>()?;
         let mut shard_of = HashMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for name in shard.metadata.offset_keys() {
                 if let Some(other) = shard_of.insert(name.clone(), i) {
                     let other = shards[other].path.display();
-                    return Err(Error::model(
-                        &shard.path,
-                        format!("tensor '{name}' is also in {other}"),
-                    ));
+                    return Err(Error::model(&shard.path, format!("tensor '{name}' is also in {other}")));
                 }
             }
         }
-        let source = Self {
-            shards,
-            shard_of,
-            folder: folder.to_owned(),
-            spec,
-            tensor_name,
-        };
-        source
-            .spec
-            .weights()
-            .try_for_each(|weight| source.get(weight).map(drop))?;
+        let source = Self { shards, shard_of, folder: folder.to_owned(), spec, tensor_name };
+        source.spec.weights().try_for_each(|weight| source.get(weight).map(drop))?;
         Ok(source)
     }
 }
@@ -86,66 +71,42 @@ impl WeightSource for SafetensorsSource {
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
         let name = (self.tensor_name)(weight);
         let shape = self.spec.shape(weight);
-        let shape = shape.ok_or_else(|| {
-            Error::model(&self.folder, format!("the model has no tensor '{name}'"))
-        })?;
+        let shape = shape.ok_or_else(|| Error::model(&self.folder, format!("the model has no tensor '{name}'")))?;
         let shard = self.shard_of.get(&name).map(|&i| &self.shards[i]);
-        let shard = shard
-            .ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
+        let shard = shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
         shard.tensor(&name, shape)
     }
 }
 
 impl Shard {
     fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)
-            .map_err(|e| Error::model(path, format!("cannot open the file: {e}")))?;
+        let file = File::open(path).map_err(|e| Error::model(path, format!("cannot open the file: {e}")))?;
         // SAFETY: the map is only read. Changing the file under a running server is undefined for every
         // memory-mapped model format.
-        let mmap = unsafe { Mmap::map(&file) }
-            .map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
+        let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
         let (header_len, metadata) = SafeTensors::read_metadata(&mmap)
             .map_err(|e| Error::model(path, format!("not a valid safetensors file: {e}")))?;
-        Ok(Self {
-            path: path.to_owned(),
-            mmap,
-            data_start: size_of::<u64>() + header_len,
-            metadata,
-        })
+        Ok(Self { path: path.to_owned(), mmap, data_start: size_of::<u64>() + header_len, metadata })
     }
 
     fn tensor(&self, name: &str, shape: Vec<usize>) -> Result<TensorView<'_>, Error> {
         let fail = |message: String| Error::model(&self.path, format!("tensor '{name}' {message}"));
-        let info = self
-            .metadata
-            .info(name)
-            .ok_or_else(|| fail("is missing".into()))?;
+        let info = self.metadata.info(name).ok_or_else(|| fail("is missing".into()))?;
         let dtype = match info.dtype {
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
             other => {
-                return Err(fail(format!(
-                    "has type {other}, which is not supported; supported are F32, F16, BF16"
-                )));
+                return Err(fail(format!("has type {other}, which is not supported; supported are F32, F16, BF16")));
             }
         };
         if info.shape != shape {
-            return Err(fail(format!(
-                "has shape {:?}, but config.json implies {shape:?}",
-                info.shape
-            )));
+            return Err(fail(format!("has shape {:?}, but config.json implies {shape:?}", info.shape)));
         }
         let (start, end) = info.data_offsets;
-        let data = self
-            .mmap
-            .get(self.data_start + start..self.data_start + end);
+        let data = self.mmap.get(self.data_start + start..self.data_start + end);
         let data = data.ok_or_else(|| fail("runs past the end of the file".into()))?;
-        Ok(TensorView {
-            dtype,
-            shape,
-            data: Cow::Borrowed(data),
-        })
+        Ok(TensorView { dtype, shape, data: Cow::Borrowed(data) })
     }
 }
 
@@ -169,29 +130,20 @@ fn shard_paths(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     struct Index {
         weight_map: HashMap<String, String>,
     }
-    let text = std::fs::read(&index_path)
-        .map_err(|e| Error::model(&index_path, format!("cannot read the file: {e}")))?;
+    let text =
+        std::fs::read(&index_path).map_err(|e| Error::model(&index_path, format!("cannot read the file: {e}")))?;
     let index: Index = serde_json::from_slice(&text)
         .map_err(|e| Error::model(&index_path, format!("not a safetensors index: {e}")))?;
     let names: HashSet<String> = index.weight_map.into_values().collect();
     let mut paths = Vec::with_capacity(names.len());
     for name in names {
         // A shard's name must not lead out of the folder.
-        if Path::new(&name)
-            .file_name()
-            .is_none_or(|file| file != name.as_str())
-        {
-            return Err(Error::model(
-                &index_path,
-                format!("shard name '{name}' is not a plain file name"),
-            ));
+        if Path::new(&name).file_name().is_none_or(|file| file != name.as_str()) {
+            return Err(Error::model(&index_path, format!("shard name '{name}' is not a plain file name")));
         }
         let path = folder.join(&name);
         if !path.is_file() {
-            return Err(Error::model(
-                &path,
-                format!("this shard, named in {INDEX_FILE}, is missing; download it"),
-            ));
+            return Err(Error::model(&path, format!("this shard, named in {INDEX_FILE}, is missing; download it")));
         }
         paths.push(path);
     }
@@ -222,10 +174,7 @@ mod tests {
             vocab_size: 5,
             max_position: 16,
             norm_eps: 1e-5,
-            rope: Rope {
-                theta: 10_000.0,
-                scaling: RopeScaling::None,
-            },
+            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
             tie_embeddings: true,
             qkv_bias: false,
             o_bias: false,
@@ -248,12 +197,8 @@ mod tests {
     }
 
     fn serialize(tensors: &[(String, Vec<usize>, Vec<u8>)], dtype: Dtype) -> Vec<u8> {
-        let views = tensors.iter().map(|(name, shape, data)| {
-            (
-                name,
-                Stored::new(dtype, shape.clone(), data).expect("whole"),
-            )
-        });
+        let views =
+            tensors.iter().map(|(name, shape, data)| (name, Stored::new(dtype, shape.clone(), data).expect("whole")));
         safetensors::serialize(views, None).expect("serializable")
     }
 
@@ -262,42 +207,23 @@ mod tests {
     }
 
     fn error_of(folder: &Path) -> String {
-        open(folder)
-            .err()
-            .map(|e| e.to_string())
-            .unwrap_or_default()
+        open(folder).err().map(|e| e.to_string()).unwrap_or_default()
     }
 
     #[test]
     fn reads_one_file_and_shards_alike() {
         let tensors = tensors(Dtype::BF16);
         let single = tempfile::tempdir().expect("a folder");
-        std::fs::write(
-            single.path().join(SINGLE_FILE),
-            serialize(&tensors, Dtype::BF16),
-        )
-        .expect("written");
+        std::fs::write(single.path().join(SINGLE_FILE), serialize(&tensors, Dtype::BF16)).expect("written");
         let sharded = tempfile::tempdir().expect("a folder");
         let (first, second) = tensors.split_at(4);
-        std::fs::write(
-            sharded.path().join("a.safetensors"),
-            serialize(first, Dtype::BF16),
-        )
-        .expect("written");
-        std::fs::write(
-            sharded.path().join("b.safetensors"),
-            serialize(second, Dtype::BF16),
-        )
-        .expect("written");
+        std::fs::write(sharded.path().join("a.safetensors"), serialize(first, Dtype::BF16)).expect("written");
+        std::fs::write(sharded.path().join("b.safetensors"), serialize(second, Dtype::BF16)).expect("written");
         let entry = |file: &str, part: &[(String, Vec<usize>, Vec<u8>)]| {
-            part.iter()
-                .map(|t| (t.0.clone(), file.into()))
-                .collect::<Vec<(String, serde_json::Value)>>()
+            part.iter().map(|t| (t.0.clone(), file.into())).collect::<Vec<(String, serde_json::Value)>>()
         };
-        let map: serde_json::Map<_, _> = entry("a.safetensors", first)
-            .into_iter()
-            .chain(entry("b.safetensors", second))
-            .collect();
+        let map: serde_json::Map<_, _> =
+            entry("a.safetensors", first).into_iter().chain(entry("b.safetensors", second)).collect();
         let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map});
         std::fs::write(sharded.path().join(INDEX_FILE), index.to_string()).expect("written");
 
@@ -311,11 +237,7 @@ mod tests {
             }
         }
         std::fs::remove_file(sharded.path().join("b.safetensors")).expect("removed");
-        assert!(
-            error_of(sharded.path()).contains("this shard, named in"),
-            "{}",
-            error_of(sharded.path())
-        );
+        assert!(error_of(sharded.path()).contains("this shard, named in"), "{}", error_of(sharded.path()));
         let evil = serde_json::json!({"weight_map": {"x": "../a.safetensors"}});
         std::fs::write(sharded.path().join(INDEX_FILE), evil.to_string()).expect("written");
         assert!(error_of(sharded.path()).contains("not a plain file name"));
@@ -337,9 +259,7 @@ mod tests {
         let mut wrong = tensors(Dtype::F32);
         wrong[0].1 = vec![4, 5];
         std::fs::write(&file, serialize(&wrong, Dtype::F32)).expect("written");
-        assert!(
-            error_of(folder.path()).contains("has shape [4, 5], but config.json implies [5, 4]")
-        );
+        assert!(error_of(folder.path()).contains("has shape [4, 5], but config.json implies [5, 4]"));
         wrong.remove(0);
         std::fs::write(&file, serialize(&wrong, Dtype::F32)).expect("written");
         assert!(error_of(folder.path()).contains("'Embedding' is missing"));

@@ -110,20 +110,9 @@ impl TensorView<'_> {
     pub fn rows(&self, rows: std::ops::Range<usize>) -> TensorView<'_> {
         let mut shape = self.shape.clone();
         shape[0] = rows.len();
-        let bytes = if self.shape.len() == 1 {
-            self.dtype.block_bytes()
-        } else {
-            self.row_bytes()
-        };
-        assert!(
-            self.shape.len() > 1 || self.dtype.block_size() == 1,
-            "a quantised row cannot be cut"
-        );
-        TensorView {
-            dtype: self.dtype,
-            shape,
-            data: Cow::Borrowed(&self.data[rows.start * bytes..rows.end * bytes]),
-        }
+        let bytes = if self.shape.len() == 1 { self.dtype.block_bytes() } else { self.row_bytes() };
+        assert!(self.shape.len() > 1 || self.dtype.block_size() == 1, "a quantised row cannot be cut");
+        TensorView { dtype: self.dtype, shape, data: Cow::Borrowed(&self.data[rows.start * bytes..rows.end * bytes]) }
     }
 
     /// All elements in single precision; borrowed if they are stored so and aligned.
@@ -157,9 +146,7 @@ impl TensorView<'_> {
                 let mut values = [0.0; CHUNK];
                 let values = &mut values[..out.len()];
                 self.decode_chunk(chunk, values);
-                out.iter_mut()
-                    .zip(values)
-                    .for_each(|(out, value)| *out = bf16::from_f32(*value));
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
             }
         });
     }
@@ -182,12 +169,7 @@ impl TensorView<'_> {
 
     /// Runs `convert` on pieces of at most [`CHUNK`] elements and their bytes, on all threads.
     fn convert_into<T: Send>(&self, out: &mut [T], convert: impl Fn(&[u8], &mut [T]) + Sync) {
-        assert_eq!(
-            out.len(),
-            self.n_elements(),
-            "output length of a tensor of shape {:?}",
-            self.shape
-        );
+        assert_eq!(out.len(), self.n_elements(), "output length of a tensor of shape {:?}", self.shape);
         let chunk_bytes = CHUNK / self.dtype.block_size() * self.dtype.block_bytes();
         self.data
             .par_chunks(chunk_bytes)
@@ -198,9 +180,7 @@ impl TensorView<'_> {
     fn decode_chunk(&self, chunk: &[u8], out: &mut [f32]) {
         match self.dtype {
             DType::F32 => copy_le(chunk, out, f32::from_le_bytes),
-            DType::BF16 => copy_le(chunk, out, |b| {
-                f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
-            }),
+            DType::BF16 => copy_le(chunk, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
             DType::F16 => {
                 let mut halves = [f16::ZERO; CHUNK];
                 let halves = &mut halves[..out.len()];
@@ -231,34 +211,15 @@ mod tests {
     }
 
     fn view(dtype: DType, data: Vec<u8>) -> TensorView<'static> {
-        TensorView {
-            dtype,
-            shape: vec![N / 32, 32],
-            data: Cow::Owned(data),
-        }
+        TensorView { dtype, shape: vec![N / 32, 32], data: Cow::Owned(data) }
     }
 
     #[test]
     fn float_types_convert_to_each_other() {
         let values = numbers();
-        let f32s = view(
-            DType::F32,
-            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        );
-        let f16s = view(
-            DType::F16,
-            values
-                .iter()
-                .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-                .collect(),
-        );
-        let bf16s = view(
-            DType::BF16,
-            values
-                .iter()
-                .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-                .collect(),
-        );
+        let f32s = view(DType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect());
+        let f16s = view(DType::F16, values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect());
+        let bf16s = view(DType::BF16, values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect());
         let as_f16: Vec<f32> = values.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
         let as_bf16: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
         assert_eq!(*f32s.to_f32(), values);
@@ -289,11 +250,7 @@ mod tests {
         let values = view(DType::Quant(format), data);
         let out = values.to_f32();
         for (i, value) in out.iter().enumerate() {
-            assert_eq!(
-                *value,
-                ((i / 32) % 7) as f32 * ((i % 32) as f32 - 16.0),
-                "element {i}"
-            );
+            assert_eq!(*value, ((i / 32) % 7) as f32 * ((i % 32) as f32 - 16.0), "element {i}");
         }
         let rows = values.rows(3..5);
         assert_eq!(rows.shape, [2, 32]);
@@ -302,15 +259,8 @@ mod tests {
 
     #[test]
     fn misaligned_single_precision_is_copied() {
-        let bytes: Vec<u8> = [0u8]
-            .into_iter()
-            .chain([1.5f32, -2.0].iter().flat_map(|v| v.to_le_bytes()))
-            .collect();
-        let view = TensorView {
-            dtype: DType::F32,
-            shape: vec![2],
-            data: Cow::Borrowed(&bytes[1..]),
-        };
+        let bytes: Vec<u8> = [0u8].into_iter().chain([1.5f32, -2.0].iter().flat_map(|v| v.to_le_bytes())).collect();
+        let view = TensorView { dtype: DType::F32, shape: vec![2], data: Cow::Borrowed(&bytes[1..]) };
         assert_eq!(*view.to_f32(), [1.5, -2.0]);
     }
 

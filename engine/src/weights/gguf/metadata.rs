@@ -41,9 +41,7 @@ pub(super) enum Value {
 impl ValueType {
     pub(super) fn from_number(number: u32) -> Option<Self> {
         use ValueType::*;
-        const ALL: [ValueType; 13] = [
-            U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64,
-        ];
+        const ALL: [ValueType; 13] = [U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64];
         ALL.get(usize::try_from(number).ok()?).copied()
     }
 
@@ -85,10 +83,6 @@ pub(super) fn integers(element: ValueType, bytes: &[u8]) -> Option<Vec<i64>> {
         ValueType::I32 => read(bytes, |b| Some(i32::from_le_bytes(b).into())),
         ValueType::U64 => read(bytes, |b| u64::from_le_bytes(b).try_into().ok()),
         ValueType::I64 => read(bytes, |b| Some(i64::from_le_bytes(b))),
-        ValueType::F32
-        | ValueType::F64
-        | ValueType::Bool
-        | ValueType::String
-        | ValueType::Array => None,
+        ValueType::F32 | ValueType::F64 | ValueType::Bool | ValueType::String | ValueType::Array => None,
     }
 }

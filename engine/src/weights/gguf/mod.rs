@@ -48,19 +48,12 @@ impl Gguf {
     /// # Errors
     /// [`Error::Model`] if the file cannot be opened, is truncated or contradicts itself.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)
-            .map_err(|e| Error::model(path, format!("cannot open the file: {e}")))?;
+        let file = File::open(path).map_err(|e| Error::model(path, format!("cannot open the file: {e}")))?;
         // SAFETY: the map is only read. Changing the file under a running server is undefined for every
         // memory-mapped model format; all text taken from the map is checked again when it is used.
-        let mmap = unsafe { Mmap::map(&file) }
-            .map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
+        let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
         let header = reader::read_header(&mmap).map_err(|message| Error::model(path, message))?;
-        Ok(Self {
-            path: path.to_owned(),
-            mmap,
-            metadata: header.metadata,
-            tensors: header.tensors,
-        })
+        Ok(Self { path: path.to_owned(), mmap, metadata: header.metadata, tensors: header.tensors })
     }
 
     /// The file.
@@ -131,11 +124,9 @@ impl Gguf {
     /// [`Error::Model`] if the value is something else.
     pub fn strings(&self, key: &str) -> Result<Option<Vec<&str>>, Error> {
         self.scalar(key, "an array of strings", |value| match value {
-            Value::Array {
-                element: ValueType::String,
-                len,
-                bytes,
-            } => metadata::strings(&self.mmap[bytes.clone()], *len),
+            Value::Array { element: ValueType::String, len, bytes } => {
+                metadata::strings(&self.mmap[bytes.clone()], *len)
+            }
             _ => None,
         })
     }
@@ -146,9 +137,7 @@ impl Gguf {
     /// [`Error::Model`] if the value is something else.
     pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>, Error> {
         self.scalar(key, "an array of integers", |value| match value {
-            Value::Array { element, bytes, .. } => {
-                metadata::integers(*element, &self.mmap[bytes.clone()])
-            }
+            Value::Array { element, bytes, .. } => metadata::integers(*element, &self.mmap[bytes.clone()]),
             _ => None,
         })
     }
@@ -164,9 +153,7 @@ impl Gguf {
         };
         match read(value) {
             Some(value) => Ok(Some(value)),
-            None => Err(self.error(format!(
-                "metadata key '{key}' must be {what}, not {value:?}"
-            ))),
+            None => Err(self.error(format!("metadata key '{key}' must be {what}, not {value:?}"))),
         }
     }
 
@@ -185,15 +172,10 @@ impl Gguf {
     /// # Errors
     /// [`Error::Model`] if it is missing or of a type that Ember does not read.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, Error> {
-        let info = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| self.error(format!("tensor '{name}' is missing")))?;
+        let info = self.tensors.get(name).ok_or_else(|| self.error(format!("tensor '{name}' is missing")))?;
         let dtype = dtype(info.ggml_type).ok_or_else(|| {
-            let supported: Vec<_> = ["F32", "F16", "BF16"]
-                .into_iter()
-                .chain(quant::FORMATS.iter().map(|f| f.name()))
-                .collect();
+            let supported: Vec<_> =
+                ["F32", "F16", "BF16"].into_iter().chain(quant::FORMATS.iter().map(|f| f.name())).collect();
             self.error(format!(
                 "tensor '{name}' has type {}, which is not supported; supported types are {}",
                 type_name(info.ggml_type),
@@ -207,11 +189,7 @@ impl Gguf {
             .and_then(|n| dtype.size_of(n))
             .and_then(|size| self.mmap.get(info.start..info.start.checked_add(size)?))
             .ok_or_else(|| self.error(format!("tensor '{name}' runs past the end of the file")))?;
-        Ok(TensorView {
-            dtype,
-            shape: info.shape.clone(),
-            data: Cow::Borrowed(data),
-        })
+        Ok(TensorView { dtype, shape: info.shape.clone(), data: Cow::Borrowed(data) })
     }
 }
 
@@ -272,21 +250,9 @@ mod tests {
     #[test]
     fn reads_back_what_was_written() {
         let mut w = GgufWriter::default();
-        w.string("general.architecture", "llama")
-            .u32("llama.block_count", 3)
-            .f32("x.eps", 1e-5)
-            .bool("x.flag", true);
-        w.strings("x.tokens", &["a", "", "é"])
-            .i32s("x.types", &[1, -2]);
-        w.tensor(
-            "t",
-            &[2, 3],
-            0,
-            [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect(),
-        );
+        w.string("general.architecture", "llama").u32("llama.block_count", 3).f32("x.eps", 1e-5).bool("x.flag", true);
+        w.strings("x.tokens", &["a", "", "é"]).i32s("x.types", &[1, -2]);
+        w.tensor("t", &[2, 3], 0, [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|v| v.to_le_bytes()).collect());
         w.tensor("later", &[32], 12, vec![0; 18]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
@@ -298,32 +264,22 @@ mod tests {
         assert_eq!(gguf.integers("x.types").unwrap(), Some(vec![1, -2]));
         assert_eq!(gguf.integer("absent").unwrap(), None);
         let t = gguf.tensor("t").expect("there");
-        assert_eq!(
-            (t.shape.as_slice(), &*t.to_f32()),
-            (&[2, 3][..], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0][..])
-        );
+        assert_eq!((t.shape.as_slice(), &*t.to_f32()), (&[2, 3][..], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0][..]));
     }
 
     #[test]
     fn errors_name_the_file_and_the_cause() {
         let mut w = GgufWriter::default();
-        w.string("s", "text")
-            .tensor("later", &[256], 12, vec![0; 144]);
+        w.string("s", "text").tensor("later", &[256], 12, vec![0; 144]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
         let message = |e: Error| e.to_string();
         let e = message(gguf.tensor("later").unwrap_err());
-        assert!(
-            e.contains("'later' has type Q4_K") && e.contains("Q4_0, Q4_1, Q8_0"),
-            "{e}"
-        );
+        assert!(e.contains("'later' has type Q4_K") && e.contains("Q4_0, Q4_1, Q8_0"), "{e}");
         assert!(e.contains(&*file.path().to_string_lossy()), "{e}");
         assert!(message(gguf.tensor("nope").unwrap_err()).contains("'nope' is missing"));
         let e = message(gguf.integer("s").unwrap_err());
         assert!(e.contains("'s' must be a non-negative integer"), "{e}");
-        assert!(
-            message(Gguf::open(Path::new("/nonexistent.gguf")).unwrap_err())
-                .contains("cannot open")
-        );
+        assert!(message(Gguf::open(Path::new("/nonexistent.gguf")).unwrap_err()).contains("cannot open"));
     }
 }

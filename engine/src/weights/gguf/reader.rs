@@ -32,14 +32,10 @@ pub(super) fn read_header(file: &[u8]) -> Result<Header, String> {
     match cursor.u32()? {
         2 | 3 => {}
         version if matches!(version.swap_bytes(), 1..=3) => {
-            return Err(
-                "big-endian GGUF files are not supported; convert the file to little endian".into(),
-            );
+            return Err("big-endian GGUF files are not supported; convert the file to little endian".into());
         }
         version => {
-            return Err(format!(
-                "GGUF version {version} is not supported; supported are 2 and 3"
-            ));
+            return Err(format!("GGUF version {version} is not supported; supported are 2 and 3"));
         }
     }
     let n_tensors = cursor.count("tensor count", MIN_TENSOR_BYTES)?;
@@ -47,10 +43,7 @@ pub(super) fn read_header(file: &[u8]) -> Result<Header, String> {
 
     let mut metadata = HashMap::new();
     for i in 0..n_metadata {
-        let key = cursor
-            .name()
-            .map_err(|e| format!("key of metadata entry {i}: {e}"))?
-            .to_owned();
+        let key = cursor.name().map_err(|e| format!("key of metadata entry {i}: {e}"))?.to_owned();
         let value = read_value(&mut cursor).map_err(|e| format!("metadata key '{key}': {e}"))?;
         if metadata.insert(key.clone(), value).is_some() {
             return Err(format!("metadata key '{key}' is there twice"));
@@ -60,9 +53,7 @@ pub(super) fn read_header(file: &[u8]) -> Result<Header, String> {
         None => 32,
         Some(&Value::Uint(n)) if n.is_power_of_two() && n <= 1 << 20 => n as usize,
         Some(other) => {
-            return Err(format!(
-                "general.alignment must be a power of two up to 2^20, not {other:?}"
-            ));
+            return Err(format!("general.alignment must be a power of two up to 2^20, not {other:?}"));
         }
     };
     let tensors = read_tensor_infos(&mut cursor, n_tensors, alignment)?;
@@ -86,30 +77,19 @@ fn read_value(cursor: &mut Cursor<'_>) -> Result<Value, String> {
         ValueType::String => Value::String(cursor.string()?),
         ValueType::Array => {
             let (element, len, bytes) = skip_array(cursor, MAX_ARRAY_DEPTH)?;
-            Value::Array {
-                element,
-                len,
-                bytes,
-            }
+            Value::Array { element, len, bytes }
         }
     })
 }
 
 /// Checks an array and steps over it: element type, length and the bytes of its elements.
-fn skip_array(
-    cursor: &mut Cursor<'_>,
-    depth: usize,
-) -> Result<(ValueType, usize, Range<usize>), String> {
+fn skip_array(cursor: &mut Cursor<'_>, depth: usize) -> Result<(ValueType, usize, Range<usize>), String> {
     if depth == 0 {
-        return Err(format!(
-            "arrays are nested more than {MAX_ARRAY_DEPTH} deep"
-        ));
+        return Err(format!("arrays are nested more than {MAX_ARRAY_DEPTH} deep"));
     }
     let element = cursor.value_type()?;
     // An empty string is its 8-byte length; an empty array its type and length.
-    let min_bytes = element
-        .size()
-        .unwrap_or(if element == ValueType::String { 8 } else { 12 });
+    let min_bytes = element.size().unwrap_or(if element == ValueType::String { 8 } else { 12 });
     let len = cursor.count("array length", min_bytes)?;
     let start = cursor.position();
     match element {
@@ -127,10 +107,7 @@ fn read_tensor_infos(
 ) -> Result<HashMap<String, TensorInfo>, String> {
     let mut tensors = HashMap::new();
     for i in 0..n_tensors {
-        let name = cursor
-            .name()
-            .map_err(|e| format!("name of tensor {i}: {e}"))?
-            .to_owned();
+        let name = cursor.name().map_err(|e| format!("name of tensor {i}: {e}"))?.to_owned();
         let info = read_tensor_info(cursor).map_err(|e| format!("tensor '{name}': {e}"))?;
         if tensors.insert(name.clone(), info).is_some() {
             return Err(format!("tensor '{name}' is there twice"));
@@ -139,8 +116,7 @@ fn read_tensor_infos(
     // Offsets count from the end of the header, rounded up to the alignment.
     let data_start = cursor.position().next_multiple_of(alignment);
     for (name, info) in &mut tensors {
-        place_tensor(info, data_start, alignment, cursor.file.len())
-            .map_err(|e| format!("tensor '{name}': {e}"))?;
+        place_tensor(info, data_start, alignment, cursor.file.len()).map_err(|e| format!("tensor '{name}': {e}"))?;
     }
     Ok(tensors)
 }
@@ -149,13 +125,9 @@ fn read_tensor_infos(
 fn read_tensor_info(cursor: &mut Cursor<'_>) -> Result<TensorInfo, String> {
     let n_dims = cursor.u32()?;
     if n_dims == 0 || n_dims > MAX_DIMS {
-        return Err(format!(
-            "{n_dims} dimensions; supported are 1 to {MAX_DIMS}"
-        ));
+        return Err(format!("{n_dims} dimensions; supported are 1 to {MAX_DIMS}"));
     }
-    let mut shape = (0..n_dims)
-        .map(|_| cursor.u64())
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut shape = (0..n_dims).map(|_| cursor.u64()).collect::<Result<Vec<_>, _>>()?;
     shape.reverse();
     let ggml_type = cursor.u32()?;
     let offset = cursor.u64()?;
@@ -164,33 +136,18 @@ fn read_tensor_info(cursor: &mut Cursor<'_>) -> Result<TensorInfo, String> {
         .map(|&d| usize::try_from(d).map_err(|_| format!("dimension {d} is too large")))
         .collect::<Result<_, _>>()?;
     let start = usize::try_from(offset).map_err(|_| format!("offset {offset} is too large"))?;
-    Ok(TensorInfo {
-        shape,
-        ggml_type,
-        start,
-    })
+    Ok(TensorInfo { shape, ggml_type, start })
 }
 
 /// Turns `info.start` into a position in the file and checks that the tensor fits.
-fn place_tensor(
-    info: &mut TensorInfo,
-    data_start: usize,
-    alignment: usize,
-    file_len: usize,
-) -> Result<(), String> {
+fn place_tensor(info: &mut TensorInfo, data_start: usize, alignment: usize, file_len: usize) -> Result<(), String> {
     if !info.start.is_multiple_of(alignment) {
-        return Err(format!(
-            "offset {} is no multiple of the alignment {alignment}",
-            info.start
-        ));
+        return Err(format!("offset {} is no multiple of the alignment {alignment}", info.start));
     }
     let n_elements = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     let n_elements = n_elements.ok_or_else(|| format!("shape {:?} is too large", info.shape))?;
-    let start = data_start
-        .checked_add(info.start)
-        .filter(|&start| start <= file_len);
-    let start =
-        start.ok_or_else(|| format!("offset {} is past the end of the file", info.start))?;
+    let start = data_start.checked_add(info.start).filter(|&start| start <= file_len);
+    let start = start.ok_or_else(|| format!("offset {} is past the end of the file", info.start))?;
     // The size of a type that Ember does not read is unknown; such a tensor cannot be got anyway.
     if let Some(dtype) = dtype(info.ggml_type) {
         let columns = info.shape.last().copied().unwrap_or(1);
@@ -201,9 +158,7 @@ fn place_tensor(
                 dtype.block_size()
             ));
         }
-        let end = dtype
-            .size_of(n_elements)
-            .and_then(|size| start.checked_add(size));
+        let end = dtype.size_of(n_elements).and_then(|size| start.checked_add(size));
         if end.is_none_or(|end| end > file_len) {
             return Err(format!(
                 "shape {:?} at offset {} runs past the end of the file ({file_len} bytes); the file is truncated",
@@ -231,10 +186,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn take(&mut self, n: usize) -> Result<&'a [u8], String> {
-        let end = self
-            .position
-            .checked_add(n)
-            .filter(|&end| end <= self.file.len());
+        let end = self.position.checked_add(n).filter(|&end| end <= self.file.len());
         let Some(end) = end else {
             return Err(format!(
                 "the file ends at byte {}, but {n} more are needed at {}; it is truncated or broken",
@@ -273,9 +225,7 @@ impl<'a> Cursor<'a> {
         usize::try_from(count)
             .ok()
             .filter(|&n| n <= fits)
-            .ok_or_else(|| {
-                format!("{what} is {count}, but the rest of the file holds at most {fits}")
-            })
+            .ok_or_else(|| format!("{what} is {count}, but the rest of the file holds at most {fits}"))
     }
 
     /// A string's bytes, checked to be UTF-8.
@@ -300,14 +250,9 @@ mod tests {
 
     fn small_file() -> GgufWriter {
         let mut w = GgufWriter::default();
-        w.string("general.architecture", "llama")
-            .u32("general.alignment", 64)
-            .bool("b", false);
-        w.strings("tokens", &["a", "bc", "né"])
-            .i32s("types", &[1, 2, 3])
-            .nested("nested", &[&[1, 2], &[3]]);
-        w.tensor("x.weight", &[2, 32], 2, vec![7; 36])
-            .tensor("y.weight", &[3], 0, vec![0; 12]);
+        w.string("general.architecture", "llama").u32("general.alignment", 64).bool("b", false);
+        w.strings("tokens", &["a", "bc", "né"]).i32s("types", &[1, 2, 3]).nested("nested", &[&[1, 2], &[3]]);
+        w.tensor("x.weight", &[2, 32], 2, vec![7; 36]).tensor("y.weight", &[3], 0, vec![0; 12]);
         w
     }
 
@@ -330,79 +275,37 @@ mod tests {
             let mut w = small_file();
             edit(&mut w);
             let message = error_of(&w.bytes());
-            assert!(
-                message.contains(expected),
-                "{message:?} should contain {expected:?}"
-            );
+            assert!(message.contains(expected), "{message:?} should contain {expected:?}");
         };
         assert!(error_of(b"GGML....").contains("does not begin with 'GGUF'"));
         assert!(error_of(b"").contains("does not begin with 'GGUF'"));
         check(&|w| w.version = 1, "version 1 is not supported");
         check(&|w| w.version = 3u32.swap_bytes(), "big-endian");
-        check(
-            &|w| w.n_metadata = Some(u64::MAX),
-            "metadata count is 18446744073709551615",
-        );
+        check(&|w| w.n_metadata = Some(u64::MAX), "metadata count is 18446744073709551615");
         check(&|w| w.n_tensors = Some(1 << 40), "tensor count is");
         check(&|w| _ = w.string("b", "again"), "'b' is there twice");
-        check(
-            &|w| _ = w.tensor("y.weight", &[1], 0, vec![0; 4]),
-            "'y.weight' is there twice",
-        );
-        check(
-            &|w| _ = w.raw("huge", 8, &u64::MAX.to_le_bytes()),
-            "'huge': string length is",
-        );
-        check(
-            &|w| _ = w.raw("bad", 8, &[2, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe]),
-            "not UTF-8",
-        );
+        check(&|w| _ = w.tensor("y.weight", &[1], 0, vec![0; 4]), "'y.weight' is there twice");
+        check(&|w| _ = w.raw("huge", 8, &u64::MAX.to_le_bytes()), "'huge': string length is");
+        check(&|w| _ = w.raw("bad", 8, &[2, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe]), "not UTF-8");
         check(&|w| _ = w.raw("odd", 77, &[0]), "unknown value type 77");
         let long = [4u32.to_le_bytes().as_slice(), &(1u64 << 61).to_le_bytes()].concat();
         check(&|w| _ = w.raw("long", 9, &long), "array length is");
-        let deep = [9u32.to_le_bytes().as_slice(), &1u64.to_le_bytes()]
-            .concat()
-            .repeat(10);
+        let deep = [9u32.to_le_bytes().as_slice(), &1u64.to_le_bytes()].concat().repeat(10);
         check(&|w| _ = w.raw("deep", 9, &deep), "nested more than");
-        check(
-            &|w| _ = w.tensor("z", &[1 << 40, 1 << 40], 0, vec![]),
-            "too large",
-        );
-        check(
-            &|w| _ = w.tensor("z", &[1 << 20, 32], 0, vec![]),
-            "runs past the end",
-        );
-        check(
-            &|w| _ = w.tensor("z", &[31], 2, vec![0; 18]),
-            "not whole Q4_0 blocks",
-        );
-        check(
-            &|w| _ = w.tensor("z", &[1, 1, 1, 1, 1], 0, vec![0; 4]),
-            "5 dimensions",
-        );
-        check(
-            &|w| _ = w.tensor_at("z", &[1], 1 << 40),
-            "past the end of the file",
-        );
-        check(
-            &|w| _ = w.tensor_at("z", &[1], 3),
-            "no multiple of the alignment",
-        );
-        check(
-            &|w| w.replace("general.alignment", 4, &3u32.to_le_bytes()),
-            "general.alignment must be a power of two",
-        );
+        check(&|w| _ = w.tensor("z", &[1 << 40, 1 << 40], 0, vec![]), "too large");
+        check(&|w| _ = w.tensor("z", &[1 << 20, 32], 0, vec![]), "runs past the end");
+        check(&|w| _ = w.tensor("z", &[31], 2, vec![0; 18]), "not whole Q4_0 blocks");
+        check(&|w| _ = w.tensor("z", &[1, 1, 1, 1, 1], 0, vec![0; 4]), "5 dimensions");
+        check(&|w| _ = w.tensor_at("z", &[1], 1 << 40), "past the end of the file");
+        check(&|w| _ = w.tensor_at("z", &[1], 3), "no multiple of the alignment");
+        check(&|w| w.replace("general.alignment", 4, &3u32.to_le_bytes()), "general.alignment must be a power of two");
     }
 
     #[test]
     fn every_truncation_is_an_error() {
         let bytes = small_file().bytes();
         for len in 0..bytes.len() {
-            assert!(
-                read_header(&bytes[..len]).is_err(),
-                "{len} of {} bytes",
-                bytes.len()
-            );
+            assert!(read_header(&bytes[..len]).is_err(), "{len} of {} bytes", bytes.len());
         }
     }
 

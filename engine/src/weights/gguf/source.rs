@@ -23,30 +23,20 @@ impl GgufSource {
     /// # Errors
     /// [`Error::Model`] if a tensor is missing, of another shape or of an unsupported type.
     pub fn new(gguf: Arc<Gguf>, spec: DecoderSpec, interleaved_rope: bool) -> Result<Self, Error> {
-        let source = Self {
-            gguf,
-            spec,
-            interleaved_rope,
-        };
-        source
-            .spec
-            .weights()
-            .try_for_each(|weight| source.stored(weight).map(drop))?;
+        let source = Self { gguf, spec, interleaved_rope };
+        source.spec.weights().try_for_each(|weight| source.stored(weight).map(drop))?;
         Ok(source)
     }
 
     fn stored(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
         let name = tensor_name(weight);
-        let shape = self
-            .spec
-            .shape(weight)
-            .ok_or_else(|| self.gguf.error(format!("the model has no tensor '{name}'")))?;
+        let shape =
+            self.spec.shape(weight).ok_or_else(|| self.gguf.error(format!("the model has no tensor '{name}'")))?;
         let tensor = self.gguf.tensor(&name)?;
         if tensor.shape != shape {
-            return Err(self.gguf.error(format!(
-                "tensor '{name}' has shape {:?}, but the metadata imply {shape:?}",
-                tensor.shape
-            )));
+            return Err(self
+                .gguf
+                .error(format!("tensor '{name}' has shape {:?}, but the metadata imply {shape:?}", tensor.shape)));
         }
         Ok(tensor)
     }
@@ -56,9 +46,7 @@ impl WeightSource for GgufSource {
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
         use LayerWeight::{KBias, KProj, QBias, QProj};
         let mut tensor = self.stored(weight)?;
-        if self.interleaved_rope
-            && matches!(weight, Weight::Layer(_, QProj | KProj | QBias | KBias))
-        {
+        if self.interleaved_rope && matches!(weight, Weight::Layer(_, QProj | KProj | QBias | KBias)) {
             tensor.data = Cow::Owned(rotate_half_rows(&tensor, self.spec.head_dim));
         }
         Ok(tensor)
@@ -121,23 +109,14 @@ mod tests {
         let hf: Vec<u8> = (0..12).collect();
         let interleaved = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11];
         let two_byte_rows: Vec<u8> = interleaved.iter().flat_map(|&row| [row, row]).collect();
-        let q8 = TensorView {
-            dtype: crate::weights::DType::BF16,
-            shape: vec![12, 1],
-            data: Cow::Owned(two_byte_rows),
-        };
-        assert_eq!(
-            rotate_half_rows(&q8, 6),
-            hf.iter().flat_map(|&row| [row, row]).collect::<Vec<u8>>()
-        );
+        let q8 = TensorView { dtype: crate::weights::DType::BF16, shape: vec![12, 1], data: Cow::Owned(two_byte_rows) };
+        assert_eq!(rotate_half_rows(&q8, 6), hf.iter().flat_map(|&row| [row, row]).collect::<Vec<u8>>());
     }
 
     #[test]
     fn every_weight_has_its_own_name() {
-        let names: std::collections::HashSet<_> = LayerWeight::ALL
-            .iter()
-            .map(|w| tensor_name(Weight::Layer(7, *w)))
-            .collect();
+        let names: std::collections::HashSet<_> =
+            LayerWeight::ALL.iter().map(|w| tensor_name(Weight::Layer(7, *w))).collect();
         assert_eq!(names.len(), LayerWeight::ALL.len());
         assert!(names.contains("blk.7.attn_q.weight"));
     }

@@ -37,8 +37,7 @@ fn text(s: &str) -> Vec<u8> {
 impl GgufWriter {
     /// A metadata entry of type number `value_type` and the bytes `value`.
     pub(crate) fn raw(&mut self, key: &str, value_type: u32, value: &[u8]) -> &mut Self {
-        self.metadata
-            .push([text(key).as_slice(), &value_type.to_le_bytes(), value].concat());
+        self.metadata.push([text(key).as_slice(), &value_type.to_le_bytes(), value].concat());
         self
     }
 
@@ -69,16 +68,7 @@ impl GgufWriter {
 
     pub(crate) fn strings(&mut self, key: &str, values: &[&str]) -> &mut Self {
         let elements: Vec<u8> = values.iter().flat_map(|s| text(s)).collect();
-        self.raw(
-            key,
-            9,
-            &[
-                &8u32.to_le_bytes(),
-                &(values.len() as u64).to_le_bytes()[..],
-                &elements,
-            ]
-            .concat(),
-        )
+        self.raw(key, 9, &[&8u32.to_le_bytes(), &(values.len() as u64).to_le_bytes()[..], &elements].concat())
     }
 
     pub(crate) fn i32s(&mut self, key: &str, values: &[i32]) -> &mut Self {
@@ -88,28 +78,12 @@ impl GgufWriter {
     /// An array of arrays.
     pub(crate) fn nested(&mut self, key: &str, values: &[&[i32]]) -> &mut Self {
         let elements: Vec<u8> = values.iter().flat_map(|v| array_of_i32(v)).collect();
-        self.raw(
-            key,
-            9,
-            &[
-                &9u32.to_le_bytes(),
-                &(values.len() as u64).to_le_bytes()[..],
-                &elements,
-            ]
-            .concat(),
-        )
+        self.raw(key, 9, &[&9u32.to_le_bytes(), &(values.len() as u64).to_le_bytes()[..], &elements].concat())
     }
 
     /// A tensor of `shape` in PyTorch's order.
-    pub(crate) fn tensor(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        ggml_type: u32,
-        data: Vec<u8>,
-    ) -> &mut Self {
-        self.data
-            .resize(self.data.len().next_multiple_of(self.alignment), 0);
+    pub(crate) fn tensor(&mut self, name: &str, shape: &[usize], ggml_type: u32, data: Vec<u8>) -> &mut Self {
+        self.data.resize(self.data.len().next_multiple_of(self.alignment), 0);
         self.info(name, shape, ggml_type, self.data.len() as u64);
         self.data.extend(data);
         self
@@ -122,22 +96,10 @@ impl GgufWriter {
     }
 
     fn info(&mut self, name: &str, shape: &[usize], ggml_type: u32, offset: u64) {
-        let dims: Vec<u8> = shape
-            .iter()
-            .rev()
-            .flat_map(|d| (*d as u64).to_le_bytes())
-            .collect();
+        let dims: Vec<u8> = shape.iter().rev().flat_map(|d| (*d as u64).to_le_bytes()).collect();
         let n_dims = (shape.len() as u32).to_le_bytes();
-        self.infos.push(
-            [
-                text(name).as_slice(),
-                &n_dims,
-                &dims,
-                &ggml_type.to_le_bytes(),
-                &offset.to_le_bytes(),
-            ]
-            .concat(),
-        );
+        self.infos
+            .push([text(name).as_slice(), &n_dims, &dims, &ggml_type.to_le_bytes(), &offset.to_le_bytes()].concat());
     }
 
     /// The file.
@@ -155,10 +117,7 @@ impl GgufWriter {
 
     /// The file, on disk.
     pub(crate) fn file(&self) -> tempfile::NamedTempFile {
-        let mut file = tempfile::Builder::new()
-            .suffix(".gguf")
-            .tempfile()
-            .expect("a temporary file");
+        let mut file = tempfile::Builder::new().suffix(".gguf").tempfile().expect("a temporary file");
         file.write_all(&self.bytes()).expect("room on the disk");
         file
     }
@@ -166,10 +125,5 @@ impl GgufWriter {
 
 fn array_of_i32(values: &[i32]) -> Vec<u8> {
     let elements: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    [
-        &5u32.to_le_bytes(),
-        &(values.len() as u64).to_le_bytes()[..],
-        &elements,
-    ]
-    .concat()
+    [&5u32.to_le_bytes(), &(values.len() as u64).to_le_bytes()[..], &elements].concat()
 }
