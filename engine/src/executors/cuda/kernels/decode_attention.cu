@@ -60,73 +60,73 @@
 
 // The part of one sequence and kv head that a block works on.
 struct Share {
-  int context_len, first_token, first_page, n_pages;
-  int active;  // splits that have work
-  int split;
+    int context_len, first_token, first_page, n_pages;
+    int active;  // splits that have work
+    int split;
 };
 
 // The K and V fragments of one page.
 struct Page {
-  uint4 k[2][K_VECS];   // rows g and g + 8
-  u32 v[4][V_REGS];     // tokens 2t, 2t + 1, 2t + 8, 2t + 9
+    uint4 k[2][K_VECS];   // rows g and g + 8
+    u32 v[4][V_REGS];     // tokens 2t, 2t + 1, 2t + 8, 2t + 9
 };
 
 // A warp's running softmax: columns are the heads 2t and 2t + 1.
 struct Softmax {
-  float max[2], sum[2];
-  float out[V_REGS][4];
+    float max[2], sum[2];
+    float out[V_REGS][4];
 };
 
 struct SharedState {
-  bf16 q[8][HEAD_DIM + 8];
-  bf16 k[HEAD_DIM], v[HEAD_DIM];
-  float out[WARPS][HEADS][HEAD_DIM + 4];
-  float2 max_sum[WARPS][8];
-  float4 block_out[CLUSTER ? HEADS * HEAD_DIM / 4 : 1];
-  float2 block_max_sum[8];
-  float2 splits[CLUSTER ? 1 : MAX_SPLITS * HEADS];
-  bool last;
+    bf16 q[8][HEAD_DIM + 8];
+    bf16 k[HEAD_DIM], v[HEAD_DIM];
+    float out[WARPS][HEADS][HEAD_DIM + 4];
+    float2 max_sum[WARPS][8];
+    float4 block_out[CLUSTER ? HEADS * HEAD_DIM / 4 : 1];
+    float2 block_max_sum[8];
+    float2 splits[CLUSTER ? 1 : MAX_SPLITS * HEADS];
+    bool last;
 };
 
 DEVICE int lane_group() { return (threadIdx.x % 32) / 4; }
 DEVICE int lane_member() { return threadIdx.x % 4; }
 
 DEVICE Share block_share(int context_len, int window, int min_pages) {
-  Share s;
-  s.context_len = context_len;
-  s.first_token = window > 0 && context_len > window ? context_len - window : 0;
-  s.first_page = s.first_token / PAGE;
-  s.n_pages = (context_len + PAGE - 1) / PAGE - s.first_page;
-  s.active = min((int)gridDim.x, (s.n_pages + min_pages - 1) / min_pages);
-  s.split = blockIdx.x;
-  return s;
+    Share s;
+    s.context_len = context_len;
+    s.first_token = window > 0 && context_len > window ? context_len - window : 0;
+    s.first_page = s.first_token / PAGE;
+    s.n_pages = (context_len + PAGE - 1) / PAGE - s.first_page;
+    s.active = min((int)gridDim.x, (s.n_pages + min_pages - 1) / min_pages);
+    s.split = blockIdx.x;
+    return s;
 }
 
 DEVICE void load_k(Page& page, const bf16* k_page) {
-  const bf16* row = k_page + lane_group() * HEAD_DIM + lane_member() * 8;
+    const bf16* row = k_page + lane_group() * HEAD_DIM + lane_member() * 8;
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int i = 0; i < K_VECS; i++) page.k[half][i] = load_stream_16(row + half * 8 * HEAD_DIM + i * 32);
+        for (int i = 0; i < K_VECS; i++) page.k[half][i] = load_stream_16(row + half * 8 * HEAD_DIM + i * 32);
 }
 
 DEVICE void load_v(Page& page, const bf16* v_page) {
-  const bf16* row = v_page + lane_member() * 2 * HEAD_DIM + lane_group() * V_VEC;
+    const bf16* row = v_page + lane_member() * 2 * HEAD_DIM + lane_group() * V_VEC;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const bf16* token = row + ((i & 1) + (i >> 1) * 8) * HEAD_DIM;
+    for (int i = 0; i < 4; i++) {
+        const bf16* token = row + ((i & 1) + (i >> 1) * 8) * HEAD_DIM;
 #pragma unroll
-    for (int r = 0; r < V_REGS; r += V_VEC / 2) {
-      const bf16* p = token + r / (V_VEC / 2) * 8 * V_VEC;
-      if (V_VEC == 8) {
-        uint4 x = load_stream_16(p);
-        page.v[i][r] = x.x, page.v[i][r + 1] = x.y, page.v[i][r + 2] = x.z, page.v[i][r + 3] = x.w;
-      } else {
-        uint2 x = load_stream_8(p);
-        page.v[i][r] = x.x, page.v[i][r + 1] = x.y;
-      }
+        for (int r = 0; r < V_REGS; r += V_VEC / 2) {
+            const bf16* p = token + r / (V_VEC / 2) * 8 * V_VEC;
+            if (V_VEC == 8) {
+                uint4 x = load_stream_16(p);
+                page.v[i][r] = x.x, page.v[i][r + 1] = x.y, page.v[i][r + 2] = x.z, page.v[i][r + 3] = x.w;
+            } else {
+                uint2 x = load_stream_8(p);
+                page.v[i][r] = x.x, page.v[i][r + 1] = x.y;
+            }
+        }
     }
-  }
 }
 
 // The head dimension of register r of a lane's V fragment (its low half).
@@ -134,76 +134,76 @@ DEVICE int v_dim(int r) { return r / (V_VEC / 2) * 8 * V_VEC + lane_group() * V_
 
 // Puts the new token, which is row `row` of the page, into the fragments, and zeroes V after it: 0 * NaN is NaN.
 DEVICE void insert_new_k(Page& page, const SharedState& shared, int row) {
-  if (lane_group() != row % 8) return;
+    if (lane_group() != row % 8) return;
 #pragma unroll
-  for (int i = 0; i < K_VECS; i++) {
-    uint4 k = *(const uint4*)&shared.k[lane_member() * 8 + i * 32];
-    if (row < 8) page.k[0][i] = k;
-    else page.k[1][i] = k;
-  }
+    for (int i = 0; i < K_VECS; i++) {
+        uint4 k = *(const uint4*)&shared.k[lane_member() * 8 + i * 32];
+        if (row < 8) page.k[0][i] = k;
+        else page.k[1][i] = k;
+    }
 }
 DEVICE void insert_new_v(Page& page, const SharedState& shared, int row, bool fused) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int token = lane_member() * 2 + (i & 1) + (i >> 1) * 8;
+    for (int i = 0; i < 4; i++) {
+        int token = lane_member() * 2 + (i & 1) + (i >> 1) * 8;
 #pragma unroll
-    for (int r = 0; r < V_REGS; r++) {
-      if (token > row) page.v[i][r] = 0;
-      else if (fused && token == row) page.v[i][r] = *(const u32*)&shared.v[v_dim(r)];
+        for (int r = 0; r < V_REGS; r++) {
+            if (token > row) page.v[i][r] = 0;
+            else if (fused && token == row) page.v[i][r] = *(const u32*)&shared.v[v_dim(r)];
+        }
     }
-  }
 }
 
 // Scores of the page's tokens, as P^T fragments, with the running maximum and sum brought up to date.
 DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VECS], const Share& share, int page_index,
                          float scale_log2, u32 (&p)[2]) {
-  float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+    float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int i = 0; i < K_VECS; i++) {
-    mma_bf16(even, page.k[0][i].x, page.k[1][i].x, page.k[0][i].y, page.k[1][i].y, q[i].x, q[i].y);
-    mma_bf16(odd, page.k[0][i].z, page.k[1][i].z, page.k[0][i].w, page.k[1][i].w, q[i].z, q[i].w);
-  }
-  float s[4];
+    for (int i = 0; i < K_VECS; i++) {
+        mma_bf16(even, page.k[0][i].x, page.k[1][i].x, page.k[0][i].y, page.k[1][i].y, q[i].x, q[i].y);
+        mma_bf16(odd, page.k[0][i].z, page.k[1][i].z, page.k[0][i].w, page.k[1][i].w, q[i].z, q[i].w);
+    }
+    float s[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
-    bool seen = token >= share.first_token && token < share.context_len;
-    s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INFINITY;
-  }
+    for (int i = 0; i < 4; i++) {
+        int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
+        bool seen = token >= share.first_token && token < share.context_len;
+        s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INFINITY;
+    }
 #pragma unroll
-  for (int c = 0; c < 2; c++) {
-    float m = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
+    for (int c = 0; c < 2; c++) {
+        float m = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
 #pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, mask));
-    float rescale = exp2_approx(state.max[c] - m);
-    state.max[c] = m;
-    s[c] = exp2_approx(s[c] - m);
-    s[c + 2] = exp2_approx(s[c + 2] - m);
-    state.sum[c] = state.sum[c] * rescale + s[c] + s[c + 2];
+        for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, mask));
+        float rescale = exp2_approx(state.max[c] - m);
+        state.max[c] = m;
+        s[c] = exp2_approx(s[c] - m);
+        s[c + 2] = exp2_approx(s[c + 2] - m);
+        state.sum[c] = state.sum[c] * rescale + s[c] + s[c + 2];
 #pragma unroll
-    for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
-  }
-  p[0] = transpose_8x8(pack_bf16(s[0], s[1]));
-  p[1] = transpose_8x8(pack_bf16(s[2], s[3]));
+        for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
+    }
+    p[0] = transpose_8x8(pack_bf16(s[0], s[1]));
+    p[1] = transpose_8x8(pack_bf16(s[2], s[3]));
 }
 
 DEVICE void accumulate_page(Softmax& state, const Page& page, const u32 (&p)[2]) {
 #pragma unroll
-  for (int r = 0; r < V_REGS; r++)
-    mma_bf16(state.out[r], low_halves(page.v[0][r], page.v[1][r]), high_halves(page.v[0][r], page.v[1][r]),
+    for (int r = 0; r < V_REGS; r++)
+        mma_bf16(state.out[r], low_halves(page.v[0][r], page.v[1][r]), high_halves(page.v[0][r], page.v[1][r]),
              low_halves(page.v[2][r], page.v[3][r]), high_halves(page.v[2][r], page.v[3][r]), p[0], p[1]);
 }
 
 struct Inputs {
-  const bf16 *qkv, *qkv_bias;
-  const float* cos_sin;
-  const int *block_tables, *context_lens;
-  bf16 *k_cache, *v_cache, *out;
-  float* partial_out;
-  float2* partial_max_sum;
-  u32* counters;
-  int block_table_stride, window, min_pages;
-  float scale;
+    const bf16 *qkv, *qkv_bias;
+    const float* cos_sin;
+    const int *block_tables, *context_lens;
+    bf16 *k_cache, *v_cache, *out;
+    float* partial_out;
+    float2* partial_max_sum;
+    u32* counters;
+    int block_table_stride, window, min_pages;
+    float scale;
 };
 
 DEVICE int n_kv_heads() { return gridDim.y / HEAD_TILES; }
@@ -213,278 +213,278 @@ DEVICE int first_head() { return kv_head() * GROUP + blockIdx.y % HEAD_TILES * 8
 DEVICE int n_heads() { return min(HEADS, GROUP - (int)(blockIdx.y % HEAD_TILES) * 8); }
 
 DEVICE u32 add_bias(u32 x, const bf16* bias, int column) {
-  if (!bias) return x;
-  u32 b = *(const u32*)(bias + column);
-  return pack_bf16(bf16_low(x) + bf16_low(b), bf16_high(x) + bf16_high(b));
+    if (!bias) return x;
+    u32 b = *(const u32*)(bias + column);
+    return pack_bf16(bf16_low(x) + bf16_low(b), bf16_high(x) + bf16_high(b));
 }
 
 // Rotates this block's q heads and its k head into shared memory and puts v beside them (whole block).
 DEVICE void rotate_new_token(SharedState& shared, const Inputs& in, int context_len) {
-  const int row_len = (n_kv_heads() * (GROUP + 2)) * HEAD_DIM;
-  const bf16* row = in.qkv + (size_t)blockIdx.z * row_len;
-  const float* cos_sin = in.cos_sin + (size_t)(context_len - 1) * HEAD_DIM;
-  const int k_column = (n_kv_heads() * GROUP + kv_head()) * HEAD_DIM;
-  const int v_column = k_column + n_kv_heads() * HEAD_DIM;
-  constexpr int PAIRS = HEAD_DIM / 4;  // a thread rotates two adjacent pairs (d, d + HEAD_DIM / 2)
-  for (int i = threadIdx.x; i < (n_heads() + 1) * PAIRS; i += THREADS) {
-    int head = i / PAIRS, d = i % PAIRS * 2;
-    bool is_k = head == n_heads();
-    int column = is_k ? k_column : (first_head() + head) * HEAD_DIM;
-    u32 a = add_bias(*(const u32*)(row + column + d), in.qkv_bias, column + d);
-    u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), in.qkv_bias, column + d + HEAD_DIM / 2);
-    float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
-    bf16* to = is_k ? shared.k : shared.q[head];
-    *(u32*)(to + d) = pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y);
-    *(u32*)(to + d + HEAD_DIM / 2) =
-        pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y);
-  }
-  for (int i = threadIdx.x; i < HEAD_DIM / 2; i += THREADS)
-    *(u32*)(shared.v + 2 * i) = add_bias(*(const u32*)(row + v_column + 2 * i), in.qkv_bias, v_column + 2 * i);
+    const int row_len = (n_kv_heads() * (GROUP + 2)) * HEAD_DIM;
+    const bf16* row = in.qkv + (size_t)blockIdx.z * row_len;
+    const float* cos_sin = in.cos_sin + (size_t)(context_len - 1) * HEAD_DIM;
+    const int k_column = (n_kv_heads() * GROUP + kv_head()) * HEAD_DIM;
+    const int v_column = k_column + n_kv_heads() * HEAD_DIM;
+    constexpr int PAIRS = HEAD_DIM / 4;  // a thread rotates two adjacent pairs (d, d + HEAD_DIM / 2)
+    for (int i = threadIdx.x; i < (n_heads() + 1) * PAIRS; i += THREADS) {
+        int head = i / PAIRS, d = i % PAIRS * 2;
+        bool is_k = head == n_heads();
+        int column = is_k ? k_column : (first_head() + head) * HEAD_DIM;
+        u32 a = add_bias(*(const u32*)(row + column + d), in.qkv_bias, column + d);
+        u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), in.qkv_bias, column + d + HEAD_DIM / 2);
+        float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
+        bf16* to = is_k ? shared.k : shared.q[head];
+        *(u32*)(to + d) = pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y);
+        *(u32*)(to + d + HEAD_DIM / 2) =
+                pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y);
+    }
+    for (int i = threadIdx.x; i < HEAD_DIM / 2; i += THREADS)
+        *(u32*)(shared.v + 2 * i) = add_bias(*(const u32*)(row + v_column + 2 * i), in.qkv_bias, v_column + 2 * i);
 }
 
 // Writes the new token's k and v to its page (whole block).
 DEVICE void store_new_token(const SharedState& shared, const Inputs& in, int context_len) {
-  int page = in.block_tables[(size_t)blockIdx.z * in.block_table_stride + (context_len - 1) / PAGE];
-  size_t to = (((size_t)page * n_kv_heads() + kv_head()) * PAGE + (context_len - 1) % PAGE) * HEAD_DIM;
-  for (int i = threadIdx.x; i < HEAD_DIM / 4; i += THREADS) {
-    bool is_v = i >= HEAD_DIM / 8;
-    int d = i % (HEAD_DIM / 8) * 8;
-    *(uint4*)((is_v ? in.v_cache : in.k_cache) + to + d) = *(const uint4*)((is_v ? shared.v : shared.k) + d);
-  }
+    int page = in.block_tables[(size_t)blockIdx.z * in.block_table_stride + (context_len - 1) / PAGE];
+    size_t to = (((size_t)page * n_kv_heads() + kv_head()) * PAGE + (context_len - 1) % PAGE) * HEAD_DIM;
+    for (int i = threadIdx.x; i < HEAD_DIM / 4; i += THREADS) {
+        bool is_v = i >= HEAD_DIM / 8;
+        int d = i % (HEAD_DIM / 8) * 8;
+        *(uint4*)((is_v ? in.v_cache : in.k_cache) + to + d) = *(const uint4*)((is_v ? shared.v : shared.k) + d);
+    }
 }
 
 // Merges the warps' states; returns element `i` (4 head dimensions of one head) relative to max_sum.x.
 DEVICE float4 merge_warps(const SharedState& shared, int n_warps, int i, float2& max_sum) {
-  int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
-  float m = shared.max_sum[0][head].x;
-  for (int w = 1; w < n_warps; w++) m = fmaxf(m, shared.max_sum[w][head].x);
-  float4 acc = {0.f, 0.f, 0.f, 0.f};
-  float sum = 0.f;
-  for (int w = 0; w < n_warps; w++) {
-    float weight = exp2_approx(shared.max_sum[w][head].x - m);
-    float4 o = *(const float4*)&shared.out[w][head][d];
-    sum += weight * shared.max_sum[w][head].y;
-    acc.x += weight * o.x, acc.y += weight * o.y, acc.z += weight * o.z, acc.w += weight * o.w;
-  }
-  max_sum = make_float2(m, sum);
-  return acc;
+    int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
+    float m = shared.max_sum[0][head].x;
+    for (int w = 1; w < n_warps; w++) m = fmaxf(m, shared.max_sum[w][head].x);
+    float4 acc = {0.f, 0.f, 0.f, 0.f};
+    float sum = 0.f;
+    for (int w = 0; w < n_warps; w++) {
+        float weight = exp2_approx(shared.max_sum[w][head].x - m);
+        float4 o = *(const float4*)&shared.out[w][head][d];
+        sum += weight * shared.max_sum[w][head].y;
+        acc.x += weight * o.x, acc.y += weight * o.y, acc.z += weight * o.z, acc.w += weight * o.w;
+    }
+    max_sum = make_float2(m, sum);
+    return acc;
 }
 
 DEVICE void store_out(const Inputs& in, int i, float4 acc, float sum) {
-  int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
-  float inv = 1.f / sum;
-  uint2 packed = make_uint2(pack_bf16(acc.x * inv, acc.y * inv), pack_bf16(acc.z * inv, acc.w * inv));
-  *(uint2*)(in.out + ((size_t)blockIdx.z * n_kv_heads() * GROUP + first_head() + head) * HEAD_DIM + d) = packed;
+    int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
+    float inv = 1.f / sum;
+    uint2 packed = make_uint2(pack_bf16(acc.x * inv, acc.y * inv), pack_bf16(acc.z * inv, acc.w * inv));
+    *(uint2*)(in.out + ((size_t)blockIdx.z * n_kv_heads() * GROUP + first_head() + head) * HEAD_DIM + d) = packed;
 }
 
 #if CLUSTER
 // Combines the splits of this cluster; each block writes its share of the output. Every thread must call it.
 DEVICE void combine_cluster(SharedState& shared, const Inputs& in, const Share& share, int n_warps) {
-  const int n = n_heads() * HEAD_DIM / 4;
-  if (share.split < share.active) {
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-      float2 max_sum;
-      shared.block_out[i] = merge_warps(shared, n_warps, i, max_sum);
-      if (i % (HEAD_DIM / 4) == 0) shared.block_max_sum[i / (HEAD_DIM / 4)] = max_sum;
+    const int n = n_heads() * HEAD_DIM / 4;
+    if (share.split < share.active) {
+        for (int i = threadIdx.x; i < n; i += THREADS) {
+            float2 max_sum;
+            shared.block_out[i] = merge_warps(shared, n_warps, i, max_sum);
+            if (i % (HEAD_DIM / 4) == 0) shared.block_max_sum[i / (HEAD_DIM / 4)] = max_sum;
+        }
     }
-  }
-  cluster_sync();
-  for (int i = share.split * THREADS + threadIdx.x; i < n; i += CLUSTER * THREADS) {
-    int head = i / (HEAD_DIM / 4);
-    float2 max_sums[CLUSTER];
-    float4 outs[CLUSTER];
-    float m = -INFINITY, sum = 0.f;
+    cluster_sync();
+    for (int i = share.split * THREADS + threadIdx.x; i < n; i += CLUSTER * THREADS) {
+        int head = i / (HEAD_DIM / 4);
+        float2 max_sums[CLUSTER];
+        float4 outs[CLUSTER];
+        float m = -INFINITY, sum = 0.f;
 #pragma unroll
-    for (int s = 0; s < CLUSTER; s++)
-      if (s < share.active) {
-        max_sums[s] = load_cluster_float2(&shared.block_max_sum[head], s);
-        outs[s] = load_cluster_float4(&shared.block_out[i], s);
-      }
+        for (int s = 0; s < CLUSTER; s++)
+            if (s < share.active) {
+                max_sums[s] = load_cluster_float2(&shared.block_max_sum[head], s);
+                outs[s] = load_cluster_float4(&shared.block_out[i], s);
+            }
 #pragma unroll
-    for (int s = 0; s < CLUSTER; s++)
-      if (s < share.active) m = fmaxf(m, max_sums[s].x);
-    float4 acc = {0.f, 0.f, 0.f, 0.f};
+        for (int s = 0; s < CLUSTER; s++)
+            if (s < share.active) m = fmaxf(m, max_sums[s].x);
+        float4 acc = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int s = 0; s < CLUSTER; s++)
-      if (s < share.active) {
-        float w = exp2_approx(max_sums[s].x - m);
-        sum += w * max_sums[s].y;
-        acc.x += w * outs[s].x, acc.y += w * outs[s].y, acc.z += w * outs[s].z, acc.w += w * outs[s].w;
-      }
-    store_out(in, i, acc, sum);
-  }
-  cluster_sync();  // a block's shared memory must live until all have read it
+        for (int s = 0; s < CLUSTER; s++)
+            if (s < share.active) {
+                float w = exp2_approx(max_sums[s].x - m);
+                sum += w * max_sums[s].y;
+                acc.x += w * outs[s].x, acc.y += w * outs[s].y, acc.z += w * outs[s].z, acc.w += w * outs[s].w;
+            }
+        store_out(in, i, acc, sum);
+    }
+    cluster_sync();  // a block's shared memory must live until all have read it
 }
 #else
 // Combines the splits through global memory; the block that arrives last does it. Every thread must call it.
 DEVICE void combine_splits(SharedState& shared, const Inputs& in, const Share& share, int n_warps) {
-  const int n = n_heads() * HEAD_DIM / 4;
-  const size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
-  float4* outs = (float4*)in.partial_out + pair * gridDim.x * (HEADS * HEAD_DIM / 4);
-  float2* max_sums = in.partial_max_sum + pair * gridDim.x * HEADS;
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    float2 max_sum;
-    float4 acc = merge_warps(shared, n_warps, i, max_sum);
-    if (share.active == 1) {
-      store_out(in, i, acc, max_sum.y);
-    } else {
-      __stcg(&outs[share.split * (HEADS * HEAD_DIM / 4) + i], acc);
-      if (i % (HEAD_DIM / 4) == 0) __stcg(&max_sums[share.split * HEADS + i / (HEAD_DIM / 4)], max_sum);
+    const int n = n_heads() * HEAD_DIM / 4;
+    const size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
+    float4* outs = (float4*)in.partial_out + pair * gridDim.x * (HEADS * HEAD_DIM / 4);
+    float2* max_sums = in.partial_max_sum + pair * gridDim.x * HEADS;
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        float2 max_sum;
+        float4 acc = merge_warps(shared, n_warps, i, max_sum);
+        if (share.active == 1) {
+            store_out(in, i, acc, max_sum.y);
+        } else {
+            __stcg(&outs[share.split * (HEADS * HEAD_DIM / 4) + i], acc);
+            if (i % (HEAD_DIM / 4) == 0) __stcg(&max_sums[share.split * HEADS + i / (HEAD_DIM / 4)], max_sum);
+        }
     }
-  }
-  if (share.active == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicInc(&in.counters[pair], share.active - 1) == share.active - 1;
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < share.active * HEADS; i += THREADS) shared.splits[i] = __ldcg(&max_sums[i]);
-  __syncthreads();
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    int head = i / (HEAD_DIM / 4);
-    float m = -INFINITY, sum = 0.f;
-    for (int s = 0; s < share.active; s++) m = fmaxf(m, shared.splits[s * HEADS + head].x);
-    float4 acc = {0.f, 0.f, 0.f, 0.f};
+    if (share.active == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.last = atomicInc(&in.counters[pair], share.active - 1) == share.active - 1;
+    __syncthreads();
+    if (!shared.last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < share.active * HEADS; i += THREADS) shared.splits[i] = __ldcg(&max_sums[i]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        int head = i / (HEAD_DIM / 4);
+        float m = -INFINITY, sum = 0.f;
+        for (int s = 0; s < share.active; s++) m = fmaxf(m, shared.splits[s * HEADS + head].x);
+        float4 acc = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 8
-    for (int s = 0; s < share.active; s++) {
-      float4 o = __ldcg(&outs[s * (HEADS * HEAD_DIM / 4) + i]);
-      float w = exp2_approx(shared.splits[s * HEADS + head].x - m);
-      sum += w * shared.splits[s * HEADS + head].y;
-      acc.x += w * o.x, acc.y += w * o.y, acc.z += w * o.z, acc.w += w * o.w;
+        for (int s = 0; s < share.active; s++) {
+            float4 o = __ldcg(&outs[s * (HEADS * HEAD_DIM / 4) + i]);
+            float w = exp2_approx(shared.splits[s * HEADS + head].x - m);
+            sum += w * shared.splits[s * HEADS + head].y;
+            acc.x += w * o.x, acc.y += w * o.y, acc.z += w * o.z, acc.w += w * o.w;
+        }
+        store_out(in, i, acc, sum);
     }
-    store_out(in, i, acc, sum);
-  }
 }
 #endif
 
 // A warp's Q fragments, in the order of its K loads; columns past the block's heads are zero.
 template <bool FUSED>
 DEVICE void load_q(uint4 (&q)[K_VECS], const SharedState& shared, const Inputs& in) {
-  int head = lane_group();
-  const bf16* row = in.qkv + ((size_t)blockIdx.z * n_kv_heads() * (GROUP + 2) + first_head() + head) * HEAD_DIM;
+    int head = lane_group();
+    const bf16* row = in.qkv + ((size_t)blockIdx.z * n_kv_heads() * (GROUP + 2) + first_head() + head) * HEAD_DIM;
 #pragma unroll
-  for (int i = 0; i < K_VECS; i++) {
-    int d = lane_member() * 8 + i * 32;
-    q[i] = make_uint4(0, 0, 0, 0);
-    if (head < n_heads()) q[i] = *(const uint4*)(FUSED ? &shared.q[head][d] : row + d);
-  }
+    for (int i = 0; i < K_VECS; i++) {
+        int d = lane_member() * 8 + i * 32;
+        q[i] = make_uint4(0, 0, 0, 0);
+        if (head < n_heads()) q[i] = *(const uint4*)(FUSED ? &shared.q[head][d] : row + d);
+    }
 }
 
 // Page numbers of the pages that a warp will work on, 32 ahead, one a lane.
 struct PageQueue {
-  const int* table;
-  int first, stride, end, queued;
+    const int* table;
+    int first, stride, end, queued;
 
-  __device__ __forceinline__ int index(int i) const { return first + i * stride; }
-  __device__ __forceinline__ void refill(int i) {
-    int mine = index(i + threadIdx.x % 32);
-    queued = mine < end ? table[mine] : 0;
-  }
-  // Element offset of the i-th page's part of this kv head. Called for i = 0, 1, 2, ... by the whole warp.
-  __device__ __forceinline__ size_t offset(int i) {
-    if (i % 32 == 0) refill(i);
-    size_t page = __shfl_sync(FULL_WARP, queued, i % 32);
-    return (page * n_kv_heads() + kv_head()) * (PAGE * HEAD_DIM);
-  }
+    __device__ __forceinline__ int index(int i) const { return first + i * stride; }
+    __device__ __forceinline__ void refill(int i) {
+        int mine = index(i + threadIdx.x % 32);
+        queued = mine < end ? table[mine] : 0;
+    }
+    // Element offset of the i-th page's part of this kv head. Called for i = 0, 1, 2, ... by the whole warp.
+    __device__ __forceinline__ size_t offset(int i) {
+        if (i % 32 == 0) refill(i);
+        size_t page = __shfl_sync(FULL_WARP, queued, i % 32);
+        return (page * n_kv_heads() + kv_head()) * (PAGE * HEAD_DIM);
+    }
 };
 
 template <bool FUSED>
 DEVICE void attend(const Inputs& in) {
-  __shared__ __align__(16) SharedState shared;
-  PDL_TRIGGER();
-  if (!FUSED) PDL_WAIT();
-  const int context_len = in.context_lens[blockIdx.z];
-  const Share share = block_share(context_len, in.window, in.min_pages);
-  if (context_len <= 0 || (!CLUSTER && share.split >= share.active)) {
-    if (FUSED) PDL_WAIT();
-    return;
-  }
-  const int warp = threadIdx.x / 32;
-  const int n_block_pages = (share.n_pages - share.split + share.active - 1) / share.active;
-  const int n_warps = share.split < share.active ? min(WARPS, n_block_pages) : 0;
-  const int n_warp_pages = warp < n_warps ? (n_block_pages - warp + WARPS - 1) / WARPS : 0;
+    __shared__ __align__(16) SharedState shared;
+    PDL_TRIGGER();
+    if (!FUSED) PDL_WAIT();
+    const int context_len = in.context_lens[blockIdx.z];
+    const Share share = block_share(context_len, in.window, in.min_pages);
+    if (context_len <= 0 || (!CLUSTER && share.split >= share.active)) {
+        if (FUSED) PDL_WAIT();
+        return;
+    }
+    const int warp = threadIdx.x / 32;
+    const int n_block_pages = (share.n_pages - share.split + share.active - 1) / share.active;
+    const int n_warps = share.split < share.active ? min(WARPS, n_block_pages) : 0;
+    const int n_warp_pages = warp < n_warps ? (n_block_pages - warp + WARPS - 1) / WARPS : 0;
 
-  PageQueue queue;
-  queue.table = in.block_tables + (size_t)blockIdx.z * in.block_table_stride;
-  queue.first = share.first_page + share.split + warp * share.active;
-  queue.stride = share.active * WARPS;
-  queue.end = share.first_page + share.n_pages;
-  Page page;
-  if (n_warp_pages > 0) {
-    size_t offset = queue.offset(0);
-    load_k(page, in.k_cache + offset);
-    load_v(page, in.v_cache + offset);
-  }
-  const bool owns_new_token = (share.n_pages - 1) % share.active == share.split;
-  if (FUSED) {
-    PDL_WAIT();
-    rotate_new_token(shared, in, context_len);
+    PageQueue queue;
+    queue.table = in.block_tables + (size_t)blockIdx.z * in.block_table_stride;
+    queue.first = share.first_page + share.split + warp * share.active;
+    queue.stride = share.active * WARPS;
+    queue.end = share.first_page + share.n_pages;
+    Page page;
+    if (n_warp_pages > 0) {
+        size_t offset = queue.offset(0);
+        load_k(page, in.k_cache + offset);
+        load_v(page, in.v_cache + offset);
+    }
+    const bool owns_new_token = (share.n_pages - 1) % share.active == share.split;
+    if (FUSED) {
+        PDL_WAIT();
+        rotate_new_token(shared, in, context_len);
+        __syncthreads();
+        if (owns_new_token && blockIdx.y % HEAD_TILES == 0) store_new_token(shared, in, context_len);
+    }
+
+    uint4 q[K_VECS];
+    load_q<FUSED>(q, shared, in);
+    Softmax state;
+#pragma unroll
+    for (int c = 0; c < 2; c++) state.max[c] = -INFINITY, state.sum[c] = 0.f;
+#pragma unroll
+    for (int r = 0; r < V_REGS; r++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) state.out[r][c] = 0.f;
+
+    const float scale_log2 = in.scale * LOG2_E;
+    for (int i = 0; i < n_warp_pages; i++) {
+        const int page_index = queue.index(i);
+        const bool newest = page_index == queue.end - 1;
+        u32 p[2];
+        if (FUSED && newest) insert_new_k(page, shared, (context_len - 1) % PAGE);
+        softmax_page(state, page, q, share, page_index, scale_log2, p);
+        size_t offset = 0;
+        if (i + 1 < n_warp_pages) {
+            offset = queue.offset(i + 1);
+            load_k(page, in.k_cache + offset);
+        }
+        if (newest) insert_new_v(page, shared, (context_len - 1) % PAGE, FUSED);
+        accumulate_page(state, page, p);
+        if (i + 1 < n_warp_pages) load_v(page, in.v_cache + offset);
+    }
+
+    if (n_warp_pages > 0) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            int head = lane_member() * 2 + c;
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) state.sum[c] += __shfl_xor_sync(FULL_WARP, state.sum[c], mask);
+            if (head >= n_heads()) continue;
+            if (lane_group() == 0) shared.max_sum[warp][head] = make_float2(state.max[c], state.sum[c]);
+#pragma unroll
+            for (int r = 0; r < V_REGS; r++)
+                *(float2*)&shared.out[warp][head][v_dim(r)] = make_float2(state.out[r][c], state.out[r][c + 2]);
+        }
+    }
     __syncthreads();
-    if (owns_new_token && blockIdx.y % HEAD_TILES == 0) store_new_token(shared, in, context_len);
-  }
-
-  uint4 q[K_VECS];
-  load_q<FUSED>(q, shared, in);
-  Softmax state;
-#pragma unroll
-  for (int c = 0; c < 2; c++) state.max[c] = -INFINITY, state.sum[c] = 0.f;
-#pragma unroll
-  for (int r = 0; r < V_REGS; r++)
-#pragma unroll
-    for (int c = 0; c < 4; c++) state.out[r][c] = 0.f;
-
-  const float scale_log2 = in.scale * LOG2_E;
-  for (int i = 0; i < n_warp_pages; i++) {
-    const int page_index = queue.index(i);
-    const bool newest = page_index == queue.end - 1;
-    u32 p[2];
-    if (FUSED && newest) insert_new_k(page, shared, (context_len - 1) % PAGE);
-    softmax_page(state, page, q, share, page_index, scale_log2, p);
-    size_t offset = 0;
-    if (i + 1 < n_warp_pages) {
-      offset = queue.offset(i + 1);
-      load_k(page, in.k_cache + offset);
-    }
-    if (newest) insert_new_v(page, shared, (context_len - 1) % PAGE, FUSED);
-    accumulate_page(state, page, p);
-    if (i + 1 < n_warp_pages) load_v(page, in.v_cache + offset);
-  }
-
-  if (n_warp_pages > 0) {
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      int head = lane_member() * 2 + c;
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) state.sum[c] += __shfl_xor_sync(FULL_WARP, state.sum[c], mask);
-      if (head >= n_heads()) continue;
-      if (lane_group() == 0) shared.max_sum[warp][head] = make_float2(state.max[c], state.sum[c]);
-#pragma unroll
-      for (int r = 0; r < V_REGS; r++)
-        *(float2*)&shared.out[warp][head][v_dim(r)] = make_float2(state.out[r][c], state.out[r][c + 2]);
-    }
-  }
-  __syncthreads();
 #if CLUSTER
-  combine_cluster(shared, in, share, n_warps);
+    combine_cluster(shared, in, share, n_warps);
 #else
-  combine_splits(shared, in, share, n_warps);
+    combine_splits(shared, in, share, n_warps);
 #endif
 }
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS)
-    decode_attention_rope(const bf16* qkv, const bf16* qkv_bias, const float* cos_sin, const int* block_tables,
+        decode_attention_rope(const bf16* qkv, const bf16* qkv_bias, const float* cos_sin, const int* block_tables,
                           const int* context_lens, bf16* k_cache, bf16* v_cache, bf16* out, float* partial_out,
                           float2* partial_max_sum, u32* counters, int block_table_stride, int window, int min_pages,
                           float scale) {
-  attend<true>({qkv, qkv_bias, cos_sin, block_tables, context_lens, k_cache, v_cache, out, partial_out, partial_max_sum,
+    attend<true>({qkv, qkv_bias, cos_sin, block_tables, context_lens, k_cache, v_cache, out, partial_out, partial_max_sum,
                 counters, block_table_stride, window, min_pages, scale});
 }
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS)
-    decode_attention(const bf16* qkv, const int* block_tables, const int* context_lens, const bf16* k_cache,
+        decode_attention(const bf16* qkv, const int* block_tables, const int* context_lens, const bf16* k_cache,
                      const bf16* v_cache, bf16* out, float* partial_out, float2* partial_max_sum, u32* counters,
                      int block_table_stride, int window, int min_pages, float scale) {
-  attend<false>({qkv, nullptr, nullptr, block_tables, context_lens, (bf16*)k_cache, (bf16*)v_cache, out, partial_out,
+    attend<false>({qkv, nullptr, nullptr, block_tables, context_lens, (bf16*)k_cache, (bf16*)v_cache, out, partial_out,
                  partial_max_sum, counters, block_table_stride, window, min_pages, scale});
 }
