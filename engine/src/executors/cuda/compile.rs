@@ -39,13 +39,14 @@ sources! {
     DECODE_ATTENTION = "decode_attention";
     PREFILL_ATTENTION = "prefill_attention";
     DUMMY_WEIGHTS = "dummy_weights";
-    ARGMAX = "argmax";
+    SAMPLE = "sample";
 }
 
 /// Texts that the sources include.
-static HEADERS: [(&CStr, &str); 2] = [
+static HEADERS: [(&CStr, &str); 3] = [
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
+    (c"sampling.cuh", include_str!("kernels/sampling.cuh")),
 ];
 
 /// A source with its macros: what is compiled.
@@ -134,7 +135,8 @@ fn compile_one(variant: &Variant, arch: &str) -> Result<Vec<u8>, Error> {
     let headers = HEADERS.iter().map(|(_, text)| c_string(text)).collect::<Result<Vec<_>, _>>()?;
     let header_texts: Vec<_> = headers.iter().map(|text| text.as_ptr()).collect();
     let header_names: Vec<_> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
-    let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--extra-device-vectorization".into()];
+    let mut options =
+        vec![format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--extra-device-vectorization".into()];
     // NVRTC has no <math.h>.
     options.push("--define-macro=INFINITY=__int_as_float(0x7f800000)".into());
     options.extend(libraries::include_folders().iter().map(|folder| format!("--include-path={}", folder.display())));

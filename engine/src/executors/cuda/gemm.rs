@@ -175,9 +175,8 @@ impl Gemm {
         };
         let bf16 = sys::cudaDataType::CUDA_R_16BF;
         let (m, n, k) = (shape.m as u64, shape.n as u64, shape.k as u64);
-        let desc =
-            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F)
-                .check("cublasLtMatmulDescCreate")?;
+        let desc = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F)
+            .check("cublasLtMatmulDescCreate")?;
         // cuBLAS is column-major: row-major y[M, N] is its y[N, M], so the product is W^T x.
         let plan = Plan {
             desc,
@@ -217,7 +216,8 @@ impl Gemm {
             let mut found = vec![std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>(); n];
             let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let size = &raw const WORKSPACE_BYTES_VALUE;
-            let mut status = sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, size.cast(), size_of::<usize>());
+            let mut status =
+                sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, size.cast(), size_of::<usize>());
             let mut n_found = 0;
             if status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
                 status = sys::cublasLtMatmulAlgoGetHeuristic(

@@ -23,9 +23,9 @@ impl Graph {
         let result = unsafe {
             // The capture must be ended even if the work failed.
             let ended = sys::cuStreamEndCapture(gpu.cu_stream(), &mut graph).check("cuStreamEndCapture");
-            let result = enqueued.and(ended).and_then(|()| {
-                sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).check("cuGraphInstantiate")
-            });
+            let result = enqueued
+                .and(ended)
+                .and_then(|()| sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).check("cuGraphInstantiate"));
             if !graph.is_null() {
                 sys::cuGraphDestroy(graph);
             }

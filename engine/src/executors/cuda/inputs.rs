@@ -4,7 +4,7 @@
 //! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
 
 use super::memory::PinnedBuffer;
-use crate::step::StepInput;
+use crate::step::{SampleRow, StepInput};
 
 /// Query rows of one tile of the prefill kernel, heads packed in.
 pub(super) const TILE_ROWS: usize = 128;
@@ -35,8 +35,10 @@ pub(super) struct Layout {
     pub(super) context_lens: Section,
     /// Rows of the residual stream to sample.
     pub(super) sample_rows: Section,
-    /// Slots of those rows, -1 for padding.
-    pub(super) sample_slots: Section,
+    /// How to sample them: eight words each, the `SampleRow` of `sample.cu`.
+    pub(super) sample_params: Section,
+    /// Best tokens whose log-probabilities each of them wants, beside its own; -1: no log-probabilities.
+    pub(super) n_top: Section,
     /// Token ids, positions and cache slots of a decode step: one row a sequence.
     pub(super) decode: TokenSections,
     /// The same of a step with prompt chunks.
@@ -78,14 +80,26 @@ impl Layout {
         };
         let context_lens = section(max_seqs);
         let sample_rows = section(max_seqs);
-        let sample_slots = section(max_seqs);
+        let sample_params = section(8 * max_seqs);
+        let n_top = section(max_seqs);
         let decode = tokens(max_seqs, &mut section);
         let n_decode_words = decode.slot_mapping.start + max_seqs.next_multiple_of(4);
         let chunk = tokens(max_tokens, &mut section);
         let cu_seqlens = section(max_seqs + 1);
         let tiles = section(2 * max_tiles(max_seqs, max_tokens, group));
         let n_words = end;
-        Self { context_lens, sample_rows, sample_slots, decode, chunk, cu_seqlens, tiles, n_words, n_decode_words }
+        Self {
+            context_lens,
+            sample_rows,
+            sample_params,
+            n_top,
+            decode,
+            chunk,
+            cu_seqlens,
+            tiles,
+            n_words,
+            n_decode_words,
+        }
     }
 
     /// Bytes of the block.
@@ -190,15 +204,19 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
     let fill = |to: &mut [i32], values: &mut dyn Iterator<Item = i32>, n: usize, padding: i32| {
         to[..n].iter_mut().for_each(|to| *to = values.next().unwrap_or(padding));
     };
-    let last_row = |row: &crate::step::SampleRow| {
+    let last_row = |row: &SampleRow| {
         let seq = &step.seqs[row.seq];
         (seq.query_start + seq.query_len - 1) as i32
     };
     fill(layout.context_lens.of(block), &mut step.seqs.iter().map(|s| s.context_len as i32), n_rows, 0);
     let n_samples = bucket.unwrap_or(step.samples.len());
     fill(layout.sample_rows.of(block), &mut step.samples.iter().map(last_row), n_samples, 0);
-    let slot = |row: &crate::step::SampleRow| step.seqs[row.seq].slot as i32;
-    fill(layout.sample_slots.of(block), &mut step.samples.iter().map(slot), n_samples, -1);
+    let params = layout.sample_params.of(block);
+    for (to, row) in params.chunks_exact_mut(8).zip(&step.samples) {
+        to.copy_from_slice(&sample_params(row, step.seqs[row.seq].slot));
+    }
+    let n_top = |row: &SampleRow| row.params.logprobs.map_or(-1, |n| n as i32);
+    fill(layout.n_top.of(block), &mut step.samples.iter().map(n_top), step.samples.len(), -1);
     let (sections, n_tokens) = match bucket {
         Some(bucket) => (layout.decode, bucket),
         None => (layout.chunk, step.n_tokens()),
@@ -210,6 +228,22 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
         let starts = step.seqs.iter().map(|s| s.query_start as i32).chain([step.n_tokens() as i32]);
         fill(layout.cu_seqlens.of(block), &mut { starts }, step.seqs.len() + 1, 0);
     }
+}
+
+/// `SampleRow` of `sample.cu`: temperature, top_p, min_p, top_k, seed (two words), index in the output, slot.
+fn sample_params(row: &SampleRow, slot: u32) -> [i32; 8] {
+    let params = &row.params;
+    let bits = |value: f32| value.to_bits() as i32;
+    [
+        bits(params.temperature),
+        bits(params.top_p),
+        bits(params.min_p),
+        params.top_k.min(i32::MAX as u32) as i32,
+        row.seed as i32,
+        (row.seed >> 32) as i32,
+        row.n_output as i32,
+        slot as i32,
+    ]
 }
 
 fn pack_block_tables(tables: &mut [i32], step: &StepInput, n_blocks: usize) {
@@ -244,7 +278,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::step::{SampleRow, StepSeq};
+    use crate::step::StepSeq;
 
     const GROUP: usize = 4;
 
@@ -273,7 +307,7 @@ mod tests {
                 seq: i,
                 seq_id: i as u64,
                 params: Arc::default(),
-                seed: 0,
+                seed: 7 << 32 | 9,
                 n_output: 0,
                 banned: None,
                 history: None,
@@ -289,7 +323,8 @@ mod tests {
         let sections = [
             l.context_lens,
             l.sample_rows,
-            l.sample_slots,
+            l.sample_params,
+            l.n_top,
             l.decode.token_ids,
             l.decode.positions,
             l.decode.slot_mapping,
@@ -319,7 +354,7 @@ mod tests {
         assert_eq!(layout.decode.positions.of(&mut block)[..5], [4, 16, 0, 0, 7]);
         assert_eq!(layout.decode.slot_mapping.of(&mut block)[..5], [4, 32, 48, -1, 7]);
         assert_eq!(layout.sample_rows.of(&mut block)[..4], [0, 1, 2, 0]);
-        assert_eq!(layout.sample_slots.of(&mut block)[..5], [0, 1, 2, -1, 7]);
+        assert_eq!(layout.sample_params.of(&mut block)[8 + 7..8 + 9], [1, 1f32.to_bits() as i32]);
         let mut tables = vec![-1; 16 * 2];
         pack_block_tables(&mut tables, &step, shape.n_blocks);
         assert_eq!(tables[..6], [0, -1, 1, 2, 3, -1]);

@@ -132,6 +132,7 @@ impl Kernel {
         };
         // SAFETY: the function is alive; `params` point to live arguments, which the driver copies before it returns.
         // The kernel's own accesses are in range by the contracts in its source.
-        unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }.check(self.name)
+        unsafe { sys::cuLaunchKernelEx(&config, self.function, params.as_mut_ptr(), std::ptr::null_mut()) }
+            .check(self.name)
     }
 }

@@ -4,8 +4,8 @@
 //! exact size that stays where it is, so every buffer is one.
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl_cuda::CudaRuntime;
 use cubecl::__private::Runtime;
+use cubecl_cuda::CudaRuntime;
 use cudarc::driver::sys;
 
 use super::{device::Gpu, status::Check};
@@ -79,8 +79,10 @@ impl DeviceBuffer {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(offset + bytes.len() <= self.n_bytes, "write past the end of a device buffer");
         // SAFETY: source and destination are in range; the source outlives the copy, which is waited for.
-        unsafe { sys::cuMemcpyHtoDAsync_v2(self.ptr + offset as u64, bytes.as_ptr().cast(), bytes.len(), gpu.cu_stream()) }
-            .check("cuMemcpyHtoDAsync")?;
+        unsafe {
+            sys::cuMemcpyHtoDAsync_v2(self.ptr + offset as u64, bytes.as_ptr().cast(), bytes.len(), gpu.cu_stream())
+        }
+        .check("cuMemcpyHtoDAsync")?;
         gpu.synchronize()
     }
 
@@ -90,8 +92,10 @@ impl DeviceBuffer {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut data);
         assert!(offset + bytes.len() <= self.n_bytes, "read past the end of a device buffer");
         // SAFETY: source and destination are in range; the destination outlives the copy, which is waited for.
-        unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), self.ptr + offset as u64, bytes.len(), gpu.cu_stream()) }
-            .check("cuMemcpyDtoHAsync")?;
+        unsafe {
+            sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), self.ptr + offset as u64, bytes.len(), gpu.cu_stream())
+        }
+        .check("cuMemcpyDtoHAsync")?;
         gpu.synchronize()?;
         Ok(data)
     }

@@ -25,10 +25,12 @@ mod memory;
 mod ops;
 mod plan;
 mod sampling;
+mod selftest;
 mod setup;
 mod status;
 
 pub use executor::CudaExecutor;
+pub use selftest::{SelfTestReport, self_test};
 
 /// Whether a CUDA device and the libraries that this executor needs are there.
 pub fn is_available() -> bool {

@@ -71,10 +71,7 @@ pub(super) fn variants(spec: &DecoderSpec, n_stages: usize) -> Vec<Variant> {
             false => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim)]),
         },
         Variant::new(&compile::SILU_MUL, &[]),
-        Variant::new(
-            &compile::DECODE_ATTENTION,
-            &[("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS)],
-        ),
+        Variant::new(&compile::DECODE_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS)]),
         Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
         gemv("GEMV_NORM", h),
         gemv("GEMV_RESIDUAL", q),
@@ -172,7 +169,13 @@ impl Ops {
 
     /// For `rope_kv_write`.
     pub(super) fn rope_kv_launch(&self, n_tokens: usize) -> Launch {
-        let lanes = if self.head_dim > 128 { 16 } else if self.head_dim > 64 { 8 } else { 4 };
+        let lanes = if self.head_dim > 128 {
+            16
+        } else if self.head_dim > 64 {
+            8
+        } else {
+            4
+        };
         let n_threads = n_tokens * (self.n_heads + 2 * self.n_kv) * lanes;
         self.launch([n_threads.div_ceil(ELEMENTWISE as usize) as u32, 1, 1], ELEMENTWISE)
     }

@@ -43,7 +43,9 @@ pub(super) fn n_pages(inputs: MemoryInputs, min_tokens: usize) -> Result<usize, 
     if budget < needed {
         let helps = match kv_bytes {
             Some(_) => "Raise --kv-cache-memory-bytes",
-            None => "Raise --gpu-memory-utilization, lower --max-num-batched-tokens or --max-model-len, or end other programs on the device",
+            None => {
+                "Raise --gpu-memory-utilization, lower --max-num-batched-tokens or --max-model-len, or end other programs on the device"
+            }
         };
         return Err(Error::Device(format!(
             "out of memory: {:.2} GiB are left for the KV cache, {min_tokens} tokens need {:.2} GiB; {:.2} GiB are \

@@ -47,15 +47,24 @@ fn check(spec: &DecoderSpec, config: &EngineConfig) -> Result<(), Error> {
     if !matches!(config.dtype, DTypeChoice::Auto | DTypeChoice::BFloat16) {
         return Err(Error::config("--dtype", "the CUDA executor computes in bfloat16; use auto or bfloat16"));
     }
-    let unsupported = |what: String| Err(Error::config("--device", format!("the CUDA executor {what}; use --device cpu")));
+    let unsupported =
+        |what: String| Err(Error::config("--device", format!("the CUDA executor {what}; use --device cpu")));
     if ![64, 96, 128].contains(&spec.head_dim) {
         return unsupported(format!("has kernels for head_dim 64, 96 and 128, not {}", spec.head_dim));
     }
-    if !spec.hidden_size.is_multiple_of(8) || !spec.intermediate_size.is_multiple_of(8) || !spec.vocab_size.is_multiple_of(2) {
-        return unsupported("needs hidden_size and intermediate_size that are multiples of 8 and an even vocab_size".into());
+    if !spec.hidden_size.is_multiple_of(8)
+        || !spec.intermediate_size.is_multiple_of(8)
+        || !spec.vocab_size.is_multiple_of(2)
+    {
+        return unsupported(
+            "needs hidden_size and intermediate_size that are multiples of 8 and an even vocab_size".into(),
+        );
     }
     if spec.n_kv_heads == 0 || !spec.n_heads.is_multiple_of(spec.n_kv_heads) {
-        return unsupported(format!("needs n_heads ({}) to be a multiple of n_kv_heads ({})", spec.n_heads, spec.n_kv_heads));
+        return unsupported(format!(
+            "needs n_heads ({}) to be a multiple of n_kv_heads ({})",
+            spec.n_heads, spec.n_kv_heads
+        ));
     }
     if spec.o_bias || spec.mlp_bias {
         return unsupported("has no biases on the attention output or in the MLP".into());

@@ -1,0 +1,316 @@
+//! [`self_test`]: whether this device, its driver and its libraries compute what they should.
+//!
+//! A tiny random model runs on the device and on the portable executor in float32. Both are made to take the same
+//! tokens, so that every log-probability can be compared: prompts of awkward lengths, whole and in chunks, alone and
+//! in batches that take each path (GEMV, cuBLASLt, mixed steps).
+
+use std::{fmt, sync::Arc, time::Instant};
+
+use burn::tensor::Device;
+
+use super::{
+    device::{Event, Gpu},
+    executor::CudaExecutor,
+    gemm::{Gemm, GemmOutput, GemmShape, Operands},
+    memory::DeviceBuffer,
+    status::Check,
+};
+use crate::{
+    EngineConfig, Error, SamplingParams,
+    decoder::{DecoderSpec, Rope, RopeScaling},
+    executors::{Executor, burn::BurnExecutor},
+    request::TokenLogprobs,
+    step::{PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepSeq},
+    weights::{DType, dummy::DummySource},
+};
+
+/// Greatest difference of a log-probability that bfloat16 explains in the tiny models.
+const TOLERANCE: f32 = 0.03;
+/// Tokens decoded after each prompt.
+const N_DECODE: usize = 12;
+
+/// What [`self_test`] found.
+#[derive(Debug, Clone)]
+pub struct SelfTestReport {
+    /// The device's name.
+    pub device: String,
+    /// Name of each case and its greatest difference of a log-probability to float32 on the CPU.
+    pub cases: Vec<(String, f32)>,
+    /// The difference that is allowed.
+    pub tolerance: f32,
+    /// Copies within the device, bytes read and written, in GB/s.
+    pub copy_gb_per_s: f32,
+    /// bfloat16 products of 8192 x 8192 matrices, in TFLOP/s.
+    pub matmul_tflop_per_s: f32,
+    /// Time for all of it.
+    pub seconds: f32,
+}
+
+impl SelfTestReport {
+    /// Whether every case is within the tolerance.
+    pub fn passed(&self) -> bool {
+        self.cases.iter().all(|(_, difference)| *difference <= self.tolerance)
+    }
+}
+
+impl fmt::Display for SelfTestReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.device)?;
+        for (name, difference) in &self.cases {
+            let verdict = if *difference <= self.tolerance { "ok" } else { "FAILED" };
+            writeln!(f, "  {name:<40} difference {difference:.4} (at most {}) {verdict}", self.tolerance)?;
+        }
+        writeln!(f, "  copy within the device {:.0} GB/s", self.copy_gb_per_s)?;
+        writeln!(f, "  bfloat16 matrix product {:.0} TFLOP/s", self.matmul_tflop_per_s)?;
+        write!(f, "  {:.1} s in all", self.seconds)
+    }
+}
+
+/// Tests CUDA device `device`.
+///
+/// # Errors
+/// [`Error::Device`] if a library is missing, a kernel does not compile or a call fails. Wrong results are no error
+/// but in the report.
+pub fn self_test(device: usize) -> Result<SelfTestReport, Error> {
+    let started = Instant::now();
+    let mut cases = Vec::new();
+    for (name, spec) in models() {
+        for (case, difference) in compare(&spec, device)? {
+            cases.push((format!("{name}: {case}"), difference));
+        }
+    }
+    let gpu = Gpu::open(device)?;
+    let (copy_gb_per_s, matmul_tflop_per_s) = measure(&gpu)?;
+    Ok(SelfTestReport {
+        device: gpu.name.clone(),
+        cases,
+        tolerance: TOLERANCE,
+        copy_gb_per_s,
+        matmul_tflop_per_s,
+        seconds: started.elapsed().as_secs_f32(),
+    })
+}
+
+/// Tiny models that take every branch of the kernels.
+fn models() -> Vec<(&'static str, DecoderSpec)> {
+    let llama = DecoderSpec {
+        architecture: "LlamaForCausalLM".into(),
+        hidden_size: 256,
+        intermediate_size: 512,
+        n_layers: 2,
+        n_heads: 8,
+        n_kv_heads: 2,
+        head_dim: 128,
+        vocab_size: 2048,
+        max_position: 2048,
+        norm_eps: 1e-5,
+        rope: Rope {
+            theta: 500_000.0,
+            scaling: RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position: 256,
+            },
+        },
+        tie_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        sliding_window: None,
+    };
+    let qwen2 = DecoderSpec {
+        architecture: "Qwen2ForCausalLM".into(),
+        hidden_size: 448,
+        n_heads: 14,
+        head_dim: 64,
+        qkv_bias: true,
+        tie_embeddings: true,
+        rope: Rope { theta: 1_000_000.0, scaling: RopeScaling::None },
+        ..llama.clone()
+    };
+    vec![("llama, head_dim 128", llama), ("qwen2, head_dim 64, biases, tied", qwen2)]
+}
+
+/// One batch: prompt lengths, and the most prompt tokens of a step.
+struct Batch {
+    name: &'static str,
+    prompts: Vec<usize>,
+    chunk: usize,
+}
+
+/// Runs the batches on both executors.
+fn compare(spec: &DecoderSpec, device: usize) -> Result<Vec<(String, f32)>, Error> {
+    let batches = [
+        Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
+        Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 512 },
+        Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
+        Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
+    ];
+    let source = DummySource::new(spec.clone(), 1, DType::BF16)?;
+    let config = EngineConfig {
+        max_num_seqs: Some(32),
+        max_num_batched_tokens: Some(512),
+        kv_cache_memory_bytes: Some(64 << 20),
+        ..EngineConfig::default()
+    };
+    let mut tuned = CudaExecutor::new(spec, &source, &config, device)?;
+    let mut oracle = BurnExecutor::new(spec, &source, &config, Device::flex())?;
+    let mut cases = Vec::new();
+    for batch in &batches {
+        let expected = run(&mut oracle, batch, spec.vocab_size, None)?;
+        let tokens = expected.tokens();
+        let forced = run(&mut tuned, batch, spec.vocab_size, Some(&tokens))?;
+        cases.push((batch.name.to_owned(), expected.difference(&forced)));
+        // The device's own sampler against the host's, on the same logits.
+        let greedy = run(&mut tuned, batch, spec.vocab_size, None)?;
+        let rescored = run(&mut tuned, batch, spec.vocab_size, Some(&greedy.tokens()))?;
+        let best = rescored.outputs.iter().flatten().all(|entry| entry.rank == 1);
+        let difference = if best { greedy.difference(&rescored) } else { f32::INFINITY };
+        cases.push((format!("{}, sampled on the device", batch.name), difference));
+    }
+    Ok(cases)
+}
+
+/// Log-probabilities of a batch, by sequence.
+struct Scores {
+    prompts: Vec<Vec<TokenLogprobs>>,
+    outputs: Vec<Vec<TokenLogprobs>>,
+}
+
+impl Scores {
+    fn tokens(&self) -> Vec<Vec<u32>> {
+        self.outputs.iter().map(|output| output.iter().map(|entry| entry.token_id).collect()).collect()
+    }
+
+    /// Greatest difference over all positions; infinite if positions are missing or not numbers.
+    fn difference(&self, other: &Self) -> f32 {
+        let both = |s: &Self| -> Vec<(u32, f32)> {
+            s.prompts.iter().chain(&s.outputs).flatten().map(|entry| (entry.token_id, entry.logprob)).collect()
+        };
+        let (a, b) = (both(self), both(other));
+        if a.len() != b.len() {
+            return f32::INFINITY;
+        }
+        let difference = |((id_a, a), (id_b, b)): (&(u32, f32), &(u32, f32))| {
+            if id_a == id_b && (a - b).is_finite() { (a - b).abs() } else { f32::INFINITY }
+        };
+        a.iter().zip(&b).map(difference).fold(0.0, f32::max)
+    }
+}
+
+/// Token `position` of prompt `seq`.
+fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
+    ((seq * 7919 + position * 104_729 + 17) % vocab) as u32
+}
+
+/// Runs `batch` to its end, greedily, or taking `forced` tokens: the ones that only may be sampled.
+fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, forced: Option<&[Vec<u32>]>) -> Result<Scores, Error> {
+    let n = batch.prompts.len();
+    let mut tokens: Vec<Vec<u32>> = (0..n)
+        .map(|seq| (0..batch.prompts[seq]).map(|position| prompt_token(seq, position, vocab)).collect())
+        .collect();
+    let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + N_DECODE).div_ceil(PAGE_SIZE);
+    let mut scores = Scores { prompts: vec![Vec::new(); n], outputs: vec![Vec::new(); n] };
+    let mut done = vec![0usize; n];
+    while scores.outputs.iter().any(|output| output.len() < N_DECODE) {
+        let mut plan: Vec<(usize, usize)> = (0..n)
+            .filter(|&seq| scores.outputs[seq].len() < N_DECODE)
+            .map(|seq| (seq, tokens[seq].len() - done[seq]))
+            .collect();
+        plan.sort_by_key(|&(_, n_tokens)| n_tokens != 1);
+        let mut budget = batch.chunk;
+        let mut step = StepInput::default();
+        for (seq, n_tokens) in plan {
+            let n_tokens = n_tokens.min(budget);
+            if n_tokens == 0 {
+                continue;
+            }
+            budget -= n_tokens;
+            let end = done[seq] + n_tokens;
+            let first_page = (seq * pages_per_seq) as u32;
+            let query_start = step.token_ids.len() as u32;
+            for (position, &token) in tokens[seq].iter().enumerate().take(end).skip(done[seq]) {
+                step.token_ids.push(token as i32);
+                step.positions.push(position as u32);
+                let page = first_page + (position / PAGE_SIZE) as u32;
+                step.slot_mapping.push(page * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32);
+            }
+            let block_start = step.block_tables.len();
+            step.block_tables.extend(first_page..first_page + end.div_ceil(PAGE_SIZE) as u32);
+            let n_prompt = batch.prompts[seq];
+            let targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
+            step.seqs.push(StepSeq {
+                slot: seq as u32,
+                query_start,
+                query_len: n_tokens as u32,
+                context_len: end as u32,
+                block_table: block_start..step.block_tables.len(),
+                prompt_logprobs: (!targets.is_empty()).then_some(PromptLogprobs { n_top: 1, targets }),
+            });
+            done[seq] = end;
+            if end == tokens[seq].len() {
+                let n_output = scores.outputs[seq].len();
+                let allowed = forced.map(|forced| vec![forced[seq][n_output]]);
+                step.samples.push(SampleRow {
+                    seq: step.seqs.len() - 1,
+                    seq_id: seq as u64,
+                    params: Arc::new(SamplingParams {
+                        temperature: 0.0,
+                        logprobs: Some(1),
+                        allowed_token_ids: allowed,
+                        ..SamplingParams::default()
+                    }),
+                    seed: 0,
+                    n_output: n_output as u32,
+                    banned: None,
+                    history: None,
+                });
+            }
+        }
+        let of_prompt: Vec<usize> =
+            step.seqs.iter().filter(|s| s.prompt_logprobs.is_some()).map(|s| s.slot as usize).collect();
+        let sampled: Vec<usize> = step.samples.iter().map(|row| step.seqs[row.seq].slot as usize).collect();
+        executor.launch(step)?;
+        let output = executor.collect()?;
+        for (seq, entries) in of_prompt.into_iter().zip(output.prompt_logprobs) {
+            scores.prompts[seq].extend(entries);
+        }
+        for (seq, token) in sampled.into_iter().zip(output.tokens) {
+            tokens[seq].push(token.token_id);
+            scores.outputs[seq].extend(token.logprobs);
+        }
+    }
+    Ok(scores)
+}
+
+/// Copy bandwidth in GB/s and matrix product rate in TFLOP/s.
+fn measure(gpu: &Gpu) -> Result<(f32, f32), Error> {
+    const N: usize = 8192;
+    const N_BYTES: usize = N * N * 2;
+    const N_RUNS: usize = 20;
+    gpu.bind()?;
+    let [x, w, y] = [(); 3].map(|()| DeviceBuffer::zeroed(gpu, N_BYTES, "the measurement"));
+    let (x, w, y) = (x?, w?, y?);
+    let (start, end) = (Event::new(true)?, Event::new(true)?);
+    let time = |enqueue: &mut dyn FnMut() -> Result<(), Error>| -> Result<f32, Error> {
+        enqueue()?;
+        start.record(gpu.cu_stream())?;
+        (0..N_RUNS).try_for_each(|_| enqueue())?;
+        end.record(gpu.cu_stream())?;
+        end.wait()?;
+        Ok(end.milliseconds_since(&start)? / 1000.0 / N_RUNS as f32)
+    };
+    let copy = time(&mut || {
+        // SAFETY: both buffers have this size.
+        unsafe { cudarc::driver::sys::cuMemcpyDtoDAsync_v2(y.ptr(), x.ptr(), N_BYTES, gpu.cu_stream()) }
+            .check("cuMemcpyDtoDAsync")
+    })?;
+    let mut gemm = Gemm::new(gpu)?;
+    let shape = GemmShape { m: N, n: N, k: N, output: GemmOutput::Bf16 };
+    let operands = Operands { x: x.ptr(), w: w.ptr(), y: y.ptr() };
+    let product = time(&mut || gemm.run(gpu, shape, operands))?;
+    let flop = 2.0 * (N as f32).powi(3);
+    Ok((2.0 * N_BYTES as f32 / copy / 1e9, flop / product / 1e12))
+}
