@@ -79,22 +79,10 @@ impl Rope {
         let scaled = match &self.scaling {
             RopeScaling::None => base,
             RopeScaling::Linear(factor) => base.iter().map(|f| f / f64::from(*factor)).collect(),
-            RopeScaling::Factors(factors) => base
-                .iter()
-                .zip(factors)
-                .map(|(f, d)| f / f64::from(*d))
-                .collect(),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position,
-            } => {
-                let (factor, low, high) = (
-                    f64::from(*factor),
-                    f64::from(*low_freq_factor),
-                    f64::from(*high_freq_factor),
-                );
+            RopeScaling::Factors(factors) => base.iter().zip(factors).map(|(f, d)| f / f64::from(*d)).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                let (factor, low, high) =
+                    (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
                 let n = *original_max_position as f64;
                 base.iter()
                     .map(|&f| {
@@ -205,10 +193,7 @@ impl DecoderSpec {
     pub fn shape(&self, weight: Weight) -> Option<Vec<usize>> {
         use LayerWeight::*;
         let (h, inter) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (
-            self.n_heads * self.head_dim,
-            self.n_kv_heads * self.head_dim,
-        );
+        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let when = |has: bool, shape: Vec<usize>| has.then_some(shape);
         match weight {
             Weight::Embedding => Some(vec![self.vocab_size, h]),
@@ -234,11 +219,8 @@ impl DecoderSpec {
 
     /// Every weight of the model.
     pub fn weights(&self) -> impl Iterator<Item = Weight> + '_ {
-        let layers = (0..self.n_layers).flat_map(|layer| {
-            LayerWeight::ALL
-                .into_iter()
-                .map(move |w| Weight::Layer(layer, w))
-        });
+        let layers =
+            (0..self.n_layers).flat_map(|layer| LayerWeight::ALL.into_iter().map(move |w| Weight::Layer(layer, w)));
         [Weight::Embedding, Weight::FinalNorm, Weight::LmHead]
             .into_iter()
             .chain(layers)
@@ -247,10 +229,7 @@ impl DecoderSpec {
 
     /// Parameters of the model.
     pub fn n_parameters(&self) -> usize {
-        self.weights()
-            .filter_map(|w| self.shape(w))
-            .map(|s| s.iter().product::<usize>())
-            .sum()
+        self.weights().filter_map(|w| self.shape(w)).map(|s| s.iter().product::<usize>()).sum()
     }
 
     /// Bytes of KV cache per token, for elements of `element_size` bytes.

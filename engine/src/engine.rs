@@ -94,15 +94,7 @@ impl Engine {
     /// cannot be honoured; [`Error::Device`] if the device fails or lacks memory.
     pub fn load(source: impl AsRef<Path>, config: EngineConfig) -> Result<Self, Error> {
         let model = Model::open(source.as_ref(), config.load_format, config.seed)?;
-        let Model {
-            path,
-            spec,
-            weights,
-            tokenizer,
-            chat_template,
-            generation,
-            file_dtype,
-        } = model;
+        let Model { path, spec, weights, tokenizer, chat_template, generation, file_dtype } = model;
         let (vocab_size, n_parameters) = (spec.vocab_size, spec.n_parameters());
         let architecture = spec.architecture.clone();
         let seed = config.seed;
@@ -125,9 +117,8 @@ impl Engine {
                 Serving::new(executor, &config, thread_shared).run(&inbox);
             })
             .map_err(|e| Error::Device(format!("cannot start the engine's thread: {e}")))?;
-        let (capacity, executor) = wait_loaded
-            .recv()
-            .map_err(|_| Error::Device("the engine's thread died while loading".into()))??;
+        let (capacity, executor) =
+            wait_loaded.recv().map_err(|_| Error::Device("the engine's thread died while loading".into()))??;
 
         Ok(Self {
             info: EngineInfo {
@@ -141,9 +132,7 @@ impl Engine {
                 max_num_batched_tokens: capacity.max_num_batched_tokens,
                 n_kv_tokens: capacity.n_pages * crate::step::PAGE_SIZE,
                 executor,
-                created: SystemTime::now()
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |d| d.as_secs()),
+                created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             },
             tokenizer,
             chat_template,
@@ -163,11 +152,7 @@ impl Engine {
     /// [`Error::InvalidRequest`] for parameters out of range or a prompt longer than the context;
     /// [`Error::Stopped`] after a device error.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, Error> {
-        let GenerateRequest {
-            prompt,
-            params,
-            cache_salt,
-        } = request;
+        let GenerateRequest { prompt, params, cache_salt } = request;
         params.validate(self.info.vocab_size)?;
         let prompt: Arc<[u32]> = match prompt {
             Prompt::Text(text) => self.tokenizer.encode(&text, true)?.into(),
@@ -179,18 +164,10 @@ impl Engine {
         }
 
         let n_requests = self.n_requests.fetch_add(1, Ordering::Relaxed);
-        let seed = params
-            .seed
-            .unwrap_or_else(|| mix(self.seed ^ mix(n_requests)));
+        let seed = params.seed.unwrap_or_else(|| mix(self.seed ^ mix(n_requests)));
         let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
         let cancels: Vec<CancelFlag> = (0..params.n).map(|_| CancelFlag::default()).collect();
-        let generation = Generation::new(
-            prompt.clone(),
-            &params,
-            &self.tokenizer,
-            cancels.clone(),
-            receiver,
-        );
+        let generation = Generation::new(prompt.clone(), &params, &self.tokenizer, cancels.clone(), receiver);
         let params = Arc::new(params);
         for (index, cancel) in cancels.into_iter().enumerate() {
             let sequence = NewSequence {
@@ -201,16 +178,9 @@ impl Engine {
                 eos_token_ids: self.eos_token_ids.clone(),
                 cache_salt: cache_salt.clone(),
             };
-            let arrival = Arrival {
-                sequence,
-                index,
-                events: events.clone(),
-                cancel,
-            };
+            let arrival = Arrival { sequence, index, events: events.clone(), cancel };
             let arrivals = self.arrivals.as_ref().expect("set until drop");
-            arrivals
-                .send(arrival)
-                .map_err(|_| Error::Stopped("its thread has ended".into()))?;
+            arrivals.send(arrival).map_err(|_| Error::Stopped("its thread has ended".into()))?;
         }
         Ok(generation)
     }
@@ -218,27 +188,16 @@ impl Engine {
     fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
         let max = self.info.max_model_len;
         if prompt.is_empty() {
-            return Err(Error::invalid(
-                "prompt",
-                "The prompt is empty: it must hold at least one token.",
-            ));
+            return Err(Error::invalid("prompt", "The prompt is empty: it must hold at least one token."));
         }
-        if let Some(id) = prompt
-            .iter()
-            .find(|&&id| id as usize >= self.info.vocab_size)
-        {
-            let message = format!(
-                "Token id {id} is out of vocabulary (size {}).",
-                self.info.vocab_size
-            );
+        if let Some(id) = prompt.iter().find(|&&id| id as usize >= self.info.vocab_size) {
+            let message = format!("Token id {id} is out of vocabulary (size {}).", self.info.vocab_size);
             return Err(Error::invalid("prompt", message));
         }
         if prompt.len() == max {
             return Err(Error::invalid(
                 "max_tokens",
-                format!(
-                    "max_tokens must be at least 1, got 0: the prompt's {max} tokens fill the context."
-                ),
+                format!("max_tokens must be at least 1, got 0: the prompt's {max} tokens fill the context."),
             ));
         }
         if prompt.len() > max {
@@ -277,10 +236,7 @@ impl Engine {
                     text: String::new(),
                     token_ids: Vec::new(),
                     logprobs: Vec::new(),
-                    finish: crate::Finish {
-                        reason: ember_common::FinishReason::Abort,
-                        stop_reason: None,
-                    },
+                    finish: crate::Finish { reason: ember_common::FinishReason::Abort, stop_reason: None },
                 })
                 .collect();
             while let Some(event) = generation.blocking_next() {
@@ -362,7 +318,5 @@ fn mix(n: u64) -> u64 {
 
 /// Panics of the engine's thread poison nothing worth keeping.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

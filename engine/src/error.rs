@@ -41,25 +41,16 @@ pub enum Error {
 impl Error {
     /// An [`Error::InvalidRequest`] about `param`.
     pub fn invalid(param: &'static str, message: impl Into<String>) -> Self {
-        Self::InvalidRequest {
-            param,
-            message: message.into(),
-        }
+        Self::InvalidRequest { param, message: message.into() }
     }
 
     /// An [`Error::Model`] about `path`.
     pub fn model(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
-        Self::Model {
-            path: path.into(),
-            message: message.into(),
-        }
+        Self::Model { path: path.into(), message: message.into() }
     }
 
     /// An [`Error::Config`] about the command-line flag `option`.
     pub fn config(option: &'static str, message: impl Into<String>) -> Self {
-        Self::Config {
-            option,
-            message: message.into(),
-        }
+        Self::Config { option, message: message.into() }
     }
 }

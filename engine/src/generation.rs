@@ -22,17 +22,9 @@ use crate::{
 #[derive(Debug)]
 pub(crate) enum TokenEvent {
     /// Once per sequence, before its first token.
-    Prompt {
-        n_cached: usize,
-        logprobs: Vec<TokenLogprobs>,
-    },
+    Prompt { n_cached: usize, logprobs: Vec<TokenLogprobs> },
     /// One token.
-    Token {
-        index: usize,
-        token_id: u32,
-        logprobs: Option<TokenLogprobs>,
-        end: Option<SequenceEnd>,
-    },
+    Token { index: usize, token_id: u32, logprobs: Option<TokenLogprobs>, end: Option<SequenceEnd> },
     /// The request is lost.
     Failed(Error),
 }
@@ -84,8 +76,7 @@ impl Generation {
             .into_iter()
             .map(|cancel| Sequence {
                 detokenizer: Detokenizer::new(tokenizer, params.skip_special_tokens),
-                stops: (!stops.is_empty())
-                    .then(|| StopMatcher::new(stops.clone(), params.include_stop_str_in_output)),
+                stops: (!stops.is_empty()).then(|| StopMatcher::new(stops.clone(), params.include_stop_str_in_output)),
                 cancel,
                 finished: false,
             })
@@ -142,11 +133,9 @@ impl Generation {
         match event {
             Some(TokenEvent::Prompt { n_cached, logprobs }) => {
                 if !std::mem::replace(&mut self.prompt_sent, true) {
-                    let logprobs = self.wants_prompt_logprobs.then(|| {
-                        std::iter::once(None)
-                            .chain(logprobs.into_iter().map(Some))
-                            .collect()
-                    });
+                    let logprobs = self
+                        .wants_prompt_logprobs
+                        .then(|| std::iter::once(None).chain(logprobs.into_iter().map(Some)).collect());
                     self.ready.push_back(Event::Prompt(PromptEvent {
                         token_ids: self.prompt.clone(),
                         n_cached,
@@ -155,12 +144,7 @@ impl Generation {
                 }
                 Ok(())
             }
-            Some(TokenEvent::Token {
-                index,
-                token_id,
-                logprobs,
-                end,
-            }) => {
+            Some(TokenEvent::Token { index, token_id, logprobs, end }) => {
                 let sequence = &mut self.sequences[index];
                 if !sequence.finished {
                     let delta = sequence.push(index, token_id, logprobs, end);
@@ -208,27 +192,17 @@ impl Sequence {
             text = safe;
         }
         let finish = match (stopped_by, end) {
-            (Some(stop), _) => Some(Finish {
-                reason: FinishReason::Stop,
-                stop_reason: Some(StopReason::Text(stop)),
-            }),
-            (None, Some(end)) => Some(Finish {
-                reason: end.reason,
-                stop_reason: end.stop_token.map(StopReason::Token),
-            }),
+            (Some(stop), _) => Some(Finish { reason: FinishReason::Stop, stop_reason: Some(StopReason::Text(stop)) }),
+            (None, Some(end)) => {
+                Some(Finish { reason: end.reason, stop_reason: end.stop_token.map(StopReason::Token) })
+            }
             (None, None) => None,
         };
         if finish.is_some() {
             self.finished = true;
             self.cancel.cancel();
         }
-        Delta {
-            index,
-            text,
-            token_ids: vec![token_id],
-            logprobs: logprobs.into_iter().collect(),
-            finish,
-        }
+        Delta { index, text, token_ids: vec![token_id], logprobs: logprobs.into_iter().collect(), finish }
     }
 }
 

@@ -70,15 +70,7 @@ impl KvPool {
     /// A pool of `n_pages` free pages.
     pub fn new(n_pages: usize, prefix_caching: bool) -> Self {
         let mut pool = Self {
-            pages: vec![
-                Page {
-                    n_refs: 0,
-                    key: None,
-                    prev: NONE,
-                    next: NONE
-                };
-                n_pages
-            ],
+            pages: vec![Page { n_refs: 0, key: None, prev: NONE, next: NONE }; n_pages],
             free_head: NONE,
             free_tail: NONE,
             n_free: 0,
@@ -106,12 +98,7 @@ impl KvPool {
     /// Takes the pages of the longest cached prefix of `tokens` into the empty `table` and returns
     /// how many tokens they hold: whole pages, and always less than `tokens.len()`, since the last
     /// token must be computed to sample the next.
-    pub fn acquire_prefix(
-        &mut self,
-        table: &mut BlockTable,
-        tokens: &[u32],
-        salt: Option<&str>,
-    ) -> usize {
+    pub fn acquire_prefix(&mut self, table: &mut BlockTable, tokens: &[u32], salt: Option<&str>) -> usize {
         debug_assert!(table.pages.is_empty());
         if !self.prefix_caching {
             return 0;
@@ -135,9 +122,7 @@ impl KvPool {
     /// Adds pages to `table` until it holds `n_tokens` tokens. All or nothing: on `false` nothing changed.
     #[must_use]
     pub fn grow(&mut self, table: &mut BlockTable, n_tokens: usize) -> bool {
-        let n_more = n_tokens
-            .div_ceil(PAGE_SIZE)
-            .saturating_sub(table.pages.len());
+        let n_more = n_tokens.div_ceil(PAGE_SIZE).saturating_sub(table.pages.len());
         if n_more > self.n_free {
             return false;
         }
@@ -160,10 +145,7 @@ impl KvPool {
         };
         let n_full = n_computed.min(tokens.len()) / PAGE_SIZE;
         for i in table.n_registered..n_full.min(table.pages.len()) {
-            let key = (
-                prefix,
-                page_tokens(&tokens[i * PAGE_SIZE..(i + 1) * PAGE_SIZE]),
-            );
+            let key = (prefix, page_tokens(&tokens[i * PAGE_SIZE..(i + 1) * PAGE_SIZE]));
             prefix = match self.by_key.get(&key) {
                 // Another sequence computed the same page; ours stays private.
                 Some(&(_, known)) => known,
@@ -249,10 +231,7 @@ impl KvPool {
     }
 
     fn unlink_free(&mut self, page: PageId) {
-        let (prev, next) = (
-            self.pages[page as usize].prev,
-            self.pages[page as usize].next,
-        );
+        let (prev, next) = (self.pages[page as usize].prev, self.pages[page as usize].next);
         match prev {
             NONE => self.free_head = next,
             prev => self.pages[prev as usize].next = next,
@@ -291,19 +270,12 @@ mod tests {
         assert_eq!(pool.n_free(), 8);
 
         let mut b = BlockTable::default();
-        assert_eq!(
-            pool.acquire_prefix(&mut b, &tokens(48), None),
-            32,
-            "the last token must be computed"
-        );
+        assert_eq!(pool.acquire_prefix(&mut b, &tokens(48), None), 32, "the last token must be computed");
         assert_eq!(b.pages(), &pages[..2]);
         let mut c = BlockTable::default();
         assert_eq!(pool.acquire_prefix(&mut c, &tokens(49), None), 48);
         let mut salted = BlockTable::default();
-        assert_eq!(
-            pool.acquire_prefix(&mut salted, &tokens(49), Some("other")),
-            0
-        );
+        assert_eq!(pool.acquire_prefix(&mut salted, &tokens(49), Some("other")), 0);
         assert_eq!(pool.n_free(), 5);
     }
 
@@ -315,10 +287,7 @@ mod tests {
         assert!(pool.grow(&mut a, 32));
         pool.register(&mut a, &tokens(32), 32);
         pool.release(&mut a);
-        assert_eq!(
-            pool.acquire_prefix(&mut BlockTable::default(), &tokens(33), None),
-            0
-        );
+        assert_eq!(pool.acquire_prefix(&mut BlockTable::default(), &tokens(33), None), 0);
     }
 
     #[test]
@@ -333,11 +302,7 @@ mod tests {
         let mut other = BlockTable::default();
         assert!(pool.grow(&mut other, 3 * PAGE_SIZE));
         let mut again = BlockTable::default();
-        assert_eq!(
-            pool.acquire_prefix(&mut again, &tokens(40), None),
-            16,
-            "the prefix's end was evicted"
-        );
+        assert_eq!(pool.acquire_prefix(&mut again, &tokens(40), None), 16, "the prefix's end was evicted");
     }
 
     #[test]

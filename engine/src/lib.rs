@@ -40,6 +40,5 @@ pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;
 pub use request::{
-    Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason,
-    TokenLogprobs,
+    Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
 };

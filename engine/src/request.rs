@@ -33,11 +33,7 @@ pub struct GenerateRequest {
 impl GenerateRequest {
     /// A request with no cache salt.
     pub fn new(prompt: impl Into<Prompt>, params: SamplingParams) -> Self {
-        Self {
-            prompt: prompt.into(),
-            params,
-            cache_salt: None,
-        }
+        Self { prompt: prompt.into(), params, cache_salt: None }
     }
 }
 
@@ -127,9 +123,7 @@ impl SamplingParams {
 
     /// Whether any penalty needs the tokens seen so far.
     pub fn has_penalties(&self) -> bool {
-        self.presence_penalty != 0.0
-            || self.frequency_penalty != 0.0
-            || self.repetition_penalty != 1.0
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }
 
     /// Checks every range against `vocab_size` token ids.
@@ -138,21 +132,9 @@ impl SamplingParams {
     /// [`Error::InvalidRequest`] naming the first field out of range, in vLLM's wording.
     pub fn validate(&self, vocab_size: usize) -> Result<(), Error> {
         let range = |ok: bool, param: &'static str, rule: &str, value: f32| {
-            if ok {
-                Ok(())
-            } else {
-                Err(Error::invalid(
-                    param,
-                    format!("{param} must be {rule}, got {value}."),
-                ))
-            }
+            if ok { Ok(()) } else { Err(Error::invalid(param, format!("{param} must be {rule}, got {value}."))) }
         };
-        range(
-            (1..=16_384).contains(&self.n),
-            "n",
-            "between 1 and 16384",
-            self.n as f32,
-        )?;
+        range((1..=16_384).contains(&self.n), "n", "between 1 and 16384", self.n as f32)?;
         range(
             self.temperature.is_finite() && (0.0..=2.0).contains(&self.temperature),
             "temperature",
@@ -160,29 +142,11 @@ impl SamplingParams {
             self.temperature,
         )?;
         if self.is_greedy() && self.n > 1 {
-            return Err(Error::invalid(
-                "n",
-                format!("n must be 1 when using greedy sampling, got {}.", self.n),
-            ));
+            return Err(Error::invalid("n", format!("n must be 1 when using greedy sampling, got {}.", self.n)));
         }
-        range(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "top_p",
-            "in (0, 1]",
-            self.top_p,
-        )?;
-        range(
-            (0.0..=1.0).contains(&self.min_p),
-            "min_p",
-            "in [0, 1]",
-            self.min_p,
-        )?;
-        range(
-            (-2.0..=2.0).contains(&self.presence_penalty),
-            "presence_penalty",
-            "in [-2, 2]",
-            self.presence_penalty,
-        )?;
+        range(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)?;
+        range((0.0..=1.0).contains(&self.min_p), "min_p", "in [0, 1]", self.min_p)?;
+        range((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", "in [-2, 2]", self.presence_penalty)?;
         range(
             (-2.0..=2.0).contains(&self.frequency_penalty),
             "frequency_penalty",
@@ -196,26 +160,17 @@ impl SamplingParams {
             self.repetition_penalty,
         )?;
         if self.max_tokens == Some(0) {
-            return Err(Error::invalid(
-                "max_tokens",
-                "max_tokens must be at least 1, got 0.",
-            ));
+            return Err(Error::invalid("max_tokens", "max_tokens must be at least 1, got 0."));
         }
         if let Some(max_tokens) = self.max_tokens
             && self.min_tokens > max_tokens
         {
             return Err(Error::invalid(
                 "min_tokens",
-                format!(
-                    "min_tokens must be less than or equal to max_tokens={max_tokens}, got {}.",
-                    self.min_tokens
-                ),
+                format!("min_tokens must be less than or equal to max_tokens={max_tokens}, got {}.", self.min_tokens),
             ));
         }
-        for (param, asked) in [
-            ("logprobs", self.logprobs),
-            ("prompt_logprobs", self.prompt_logprobs),
-        ] {
+        for (param, asked) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
             if asked.is_some_and(|k| k > Self::MAX_LOGPROBS) {
                 return Err(Error::invalid(
                     param,
@@ -228,34 +183,21 @@ impl SamplingParams {
             }
         }
         if self.stop.iter().any(String::is_empty) {
-            return Err(Error::invalid(
-                "stop",
-                "stop cannot contain an empty string.",
-            ));
+            return Err(Error::invalid("stop", "stop cannot contain an empty string."));
         }
         let in_vocab = |param: &'static str, mut ids: Box<dyn Iterator<Item = u32> + '_>| match ids
             .find(|&id| id as usize >= vocab_size)
         {
-            Some(id) => Err(Error::invalid(
-                param,
-                format!("{param}: token id {id} is out of vocabulary (size {vocab_size})."),
-            )),
+            Some(id) => {
+                Err(Error::invalid(param, format!("{param}: token id {id} is out of vocabulary (size {vocab_size}).")))
+            }
             None => Ok(()),
         };
-        in_vocab(
-            "stop_token_ids",
-            Box::new(self.stop_token_ids.iter().copied()),
-        )?;
-        in_vocab(
-            "logit_bias",
-            Box::new(self.logit_bias.iter().map(|&(id, _)| id)),
-        )?;
+        in_vocab("stop_token_ids", Box::new(self.stop_token_ids.iter().copied()))?;
+        in_vocab("logit_bias", Box::new(self.logit_bias.iter().map(|&(id, _)| id)))?;
         if let Some(allowed) = &self.allowed_token_ids {
             if allowed.is_empty() {
-                return Err(Error::invalid(
-                    "allowed_token_ids",
-                    "allowed_token_ids is not None and empty!",
-                ));
+                return Err(Error::invalid("allowed_token_ids", "allowed_token_ids is not None and empty!"));
             }
             in_vocab("allowed_token_ids", Box::new(allowed.iter().copied()))?;
         }

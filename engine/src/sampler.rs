@@ -16,12 +16,8 @@ use crate::{
 /// Samples from `logits`, `[vocab_size]`, which are changed.
 pub fn sample_row(logits: &mut [f32], row: &SampleRow) -> SampledToken {
     let params = &*row.params;
-    let raw = params
-        .logprobs
-        .map(|n_top| (LogSoftmax::new(logits), n_top));
-    let raw_top = raw
-        .as_ref()
-        .map(|(softmax, n_top)| (*softmax, top_n(logits, *n_top as usize)));
+    let raw = params.logprobs.map(|n_top| (LogSoftmax::new(logits), n_top));
+    let raw_top = raw.as_ref().map(|(softmax, n_top)| (*softmax, top_n(logits, *n_top as usize)));
     let raw_logits = raw.is_some().then(|| logits.to_vec());
 
     if let Some(history) = &row.history {
@@ -41,25 +37,14 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow) -> SampledToken {
         logits[id as usize] = f32::NEG_INFINITY;
     }
 
-    let token_id = if params.is_greedy() {
-        argmax(logits)
-    } else {
-        draw(logits, row)
-    };
-    let logprobs = raw_top
-        .zip(raw_logits)
-        .map(|((softmax, top), raw)| logprobs_of(&raw, softmax, top, token_id));
+    let token_id = if params.is_greedy() { argmax(logits) } else { draw(logits, row) };
+    let logprobs = raw_top.zip(raw_logits).map(|((softmax, top), raw)| logprobs_of(&raw, softmax, top, token_id));
     SampledToken { token_id, logprobs }
 }
 
 /// Log-probabilities of `target` and of the `n_top` best tokens under `logits`, `[vocab_size]`.
 pub fn token_logprobs(logits: &[f32], target: u32, n_top: u32) -> TokenLogprobs {
-    logprobs_of(
-        logits,
-        LogSoftmax::new(logits),
-        top_n(logits, n_top as usize),
-        target,
-    )
+    logprobs_of(logits, LogSoftmax::new(logits), top_n(logits, n_top as usize), target)
 }
 
 fn logprobs_of(logits: &[f32], softmax: LogSoftmax, top: Vec<u32>, target: u32) -> TokenLogprobs {
@@ -68,10 +53,7 @@ fn logprobs_of(logits: &[f32], softmax: LogSoftmax, top: Vec<u32>, target: u32) 
         token_id: target,
         logprob: softmax.of(value),
         rank: 1 + logits.iter().filter(|&&l| l > value).count() as u32,
-        top: top
-            .into_iter()
-            .map(|id| (id, softmax.of(logits[id as usize])))
-            .collect(),
+        top: top.into_iter().map(|id| (id, softmax.of(logits[id as usize]))).collect(),
     }
 }
 
@@ -85,9 +67,7 @@ impl LogSoftmax {
     fn new(logits: &[f32]) -> Self {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from((l - max).exp())).sum();
-        Self {
-            log_sum: max + sum.ln() as f32,
-        }
+        Self { log_sum: max + sum.ln() as f32 }
     }
 
     fn of(self, logit: f32) -> f32 {
@@ -109,11 +89,7 @@ fn argmax(logits: &[f32]) -> u32 {
 /// Ids of the `n` best tokens, best first, the lowest id first among equals.
 fn top_n(logits: &[f32], n: usize) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let order = |a: &u32, b: &u32| {
-        logits[*b as usize]
-            .total_cmp(&logits[*a as usize])
-            .then(a.cmp(b))
-    };
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if n == 0 {
         return Vec::new();
     }
@@ -131,21 +107,12 @@ fn apply_penalties(logits: &mut [f32], params: &SamplingParams, history: &TokenH
         *counts.entry(id).or_default() += 1;
     }
     if params.repetition_penalty != 1.0 {
-        let mut seen: Vec<u32> = history
-            .prompt
-            .iter()
-            .chain(&history.output)
-            .copied()
-            .collect();
+        let mut seen: Vec<u32> = history.prompt.iter().chain(&history.output).copied().collect();
         seen.sort_unstable();
         seen.dedup();
         for id in seen {
             let logit = &mut logits[id as usize];
-            *logit = if *logit > 0.0 {
-                *logit / params.repetition_penalty
-            } else {
-                *logit * params.repetition_penalty
-            };
+            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
         }
     }
     for (id, count) in counts {
@@ -160,19 +127,11 @@ fn draw(logits: &[f32], row: &SampleRow) -> u32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // Tempered logits relative to the best: 0 and below.
     let tempered = |id: u32| (logits[id as usize] - max) * inv_temperature;
-    let floor = if params.min_p > 0.0 {
-        params.min_p.ln()
-    } else {
-        f32::NEG_INFINITY
-    };
+    let floor = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
     let mut kept: Vec<u32> = (0..logits.len() as u32)
         .filter(|&id| logits[id as usize] > f32::NEG_INFINITY && tempered(id) >= floor)
         .collect();
-    let order = |a: &u32, b: &u32| {
-        logits[*b as usize]
-            .total_cmp(&logits[*a as usize])
-            .then(a.cmp(b))
-    };
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     let k = params.top_k as usize;
     if k > 0 && k < kept.len() {
         kept.select_nth_unstable_by(k - 1, order);
@@ -233,13 +192,9 @@ impl GumbelNoise {
     }
 
     fn of(self, token_id: u32) -> f32 {
-        let words = philox4x32(
-            [token_id / 4, self.n_output, 0, 0],
-            [self.seed as u32, (self.seed >> 32) as u32],
-        );
+        let words = philox4x32([token_id / 4, self.n_output, 0, 0], [self.seed as u32, (self.seed >> 32) as u32]);
         // In (0, 1): the top 23 bits, in the middle of their interval.
-        let uniform =
-            ((words[(token_id % 4) as usize] >> 9) as f32 + 0.5) * (1.0 / (1 << 23) as f32);
+        let uniform = ((words[(token_id % 4) as usize] >> 9) as f32 + 0.5) * (1.0 / (1 << 23) as f32);
         -(-uniform.ln()).ln()
     }
 }
@@ -248,16 +203,8 @@ fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;
         let b = u64::from(counter[2]) * 0xCD9E_8D57;
-        counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
-        ];
-        key = [
-            key[0].wrapping_add(0x9E37_79B9),
-            key[1].wrapping_add(0xBB67_AE85),
-        ];
+        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
 }
@@ -269,15 +216,7 @@ mod tests {
     use super::*;
 
     fn row(params: SamplingParams) -> SampleRow {
-        SampleRow {
-            seq: 0,
-            seq_id: 0,
-            params: Arc::new(params),
-            seed: 7,
-            n_output: 0,
-            banned: None,
-            history: None,
-        }
+        SampleRow { seq: 0, seq_id: 0, params: Arc::new(params), seed: 7, n_output: 0, banned: None, history: None }
     }
 
     fn sampled(logits: &[f32], row: &SampleRow) -> u32 {
@@ -297,32 +236,17 @@ mod tests {
 
     #[test]
     fn philox_gives_the_published_vectors() {
-        assert_eq!(
-            philox4x32([0; 4], [0; 2]),
-            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
-        );
-        assert_eq!(
-            philox4x32([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
-        );
+        assert_eq!(philox4x32([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox4x32([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
     }
 
     #[test]
     fn draws_follow_the_tempered_softmax() {
         let logits = [1.0, 2.0, 0.5, -1.0];
         let temperature = 0.7;
-        let exp: Vec<f64> = logits
-            .iter()
-            .map(|l| f64::from(l / temperature).exp())
-            .collect();
+        let exp: Vec<f64> = logits.iter().map(|l| f64::from(l / temperature).exp()).collect();
         let total: f64 = exp.iter().sum();
-        let got = frequencies(
-            &logits,
-            SamplingParams {
-                temperature,
-                ..Default::default()
-            },
-        );
+        let got = frequencies(&logits, SamplingParams { temperature, ..Default::default() });
         for (got, want) in got.iter().zip(exp.iter().map(|e| e / total)) {
             assert!((got - want).abs() < 0.015, "{got} instead of {want}");
         }
@@ -335,51 +259,14 @@ mod tests {
             let got = frequencies(&logits, params);
             (0..4).filter(|&i| got[i] > 0.0).collect()
         };
-        assert_eq!(
-            kept(SamplingParams {
-                top_k: 2,
-                ..Default::default()
-            }),
-            [0, 1]
-        );
-        assert_eq!(
-            kept(SamplingParams {
-                top_p: 0.69,
-                ..Default::default()
-            }),
-            [0, 1]
-        );
-        assert_eq!(
-            kept(SamplingParams {
-                top_p: 0.71,
-                ..Default::default()
-            }),
-            [0, 1, 2]
-        );
-        assert_eq!(
-            kept(SamplingParams {
-                min_p: 0.45,
-                ..Default::default()
-            }),
-            [0, 1, 2]
-        );
+        assert_eq!(kept(SamplingParams { top_k: 2, ..Default::default() }), [0, 1]);
+        assert_eq!(kept(SamplingParams { top_p: 0.69, ..Default::default() }), [0, 1]);
+        assert_eq!(kept(SamplingParams { top_p: 0.71, ..Default::default() }), [0, 1, 2]);
+        assert_eq!(kept(SamplingParams { min_p: 0.45, ..Default::default() }), [0, 1, 2]);
         // top-p applies to what top-k left, renormalised: 0.4 / 0.7 < 0.6.
-        assert_eq!(
-            kept(SamplingParams {
-                top_k: 2,
-                top_p: 0.5,
-                ..Default::default()
-            }),
-            [0]
-        );
+        assert_eq!(kept(SamplingParams { top_k: 2, top_p: 0.5, ..Default::default() }), [0]);
         let allowed = Some(vec![3]);
-        assert_eq!(
-            kept(SamplingParams {
-                allowed_token_ids: allowed,
-                ..Default::default()
-            }),
-            [3]
-        );
+        assert_eq!(kept(SamplingParams { allowed_token_ids: allowed, ..Default::default() }), [3]);
     }
 
     #[test]
@@ -392,79 +279,37 @@ mod tests {
 
     #[test]
     fn penalties_follow_openai_and_ctrl() {
-        let greedy = SamplingParams {
-            temperature: 0.0,
-            ..Default::default()
-        };
+        let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
         let logits = [1.0, 0.9, -1.0];
         let with = |params: SamplingParams| {
             let mut row = row(params);
-            row.history = Some(TokenHistory {
-                prompt: [2].as_slice().into(),
-                output: vec![0, 0],
-            });
+            row.history = Some(TokenHistory { prompt: [2].as_slice().into(), output: vec![0, 0] });
             let mut logits = logits.to_vec();
             sample_row(&mut logits, &row);
             logits
         };
-        assert_eq!(
-            with(SamplingParams {
-                presence_penalty: 0.5,
-                ..greedy.clone()
-            }),
-            [0.5, 0.9, -1.0]
-        );
-        assert_eq!(
-            with(SamplingParams {
-                frequency_penalty: 0.5,
-                ..greedy.clone()
-            }),
-            [0.0, 0.9, -1.0]
-        );
-        assert_eq!(
-            with(SamplingParams {
-                repetition_penalty: 2.0,
-                ..greedy
-            }),
-            [0.5, 0.9, -2.0]
-        );
+        assert_eq!(with(SamplingParams { presence_penalty: 0.5, ..greedy.clone() }), [0.5, 0.9, -1.0]);
+        assert_eq!(with(SamplingParams { frequency_penalty: 0.5, ..greedy.clone() }), [0.0, 0.9, -1.0]);
+        assert_eq!(with(SamplingParams { repetition_penalty: 2.0, ..greedy }), [0.5, 0.9, -2.0]);
     }
 
     #[test]
     fn bans_and_biases_change_the_best_token() {
-        let greedy = SamplingParams {
-            temperature: 0.0,
-            ..Default::default()
-        };
+        let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
         let logits = [1.0, 3.0, 2.0];
         assert_eq!(sampled(&logits, &row(greedy.clone())), 1);
         let mut banned = row(greedy.clone());
         banned.banned = Some([1].as_slice().into());
         assert_eq!(sampled(&logits, &banned), 2);
-        assert_eq!(
-            sampled(
-                &logits,
-                &row(SamplingParams {
-                    logit_bias: vec![(0, 5.0)],
-                    ..greedy
-                })
-            ),
-            0
-        );
+        assert_eq!(sampled(&logits, &row(SamplingParams { logit_bias: vec![(0, 5.0)], ..greedy })), 0);
     }
 
     #[test]
     fn logprobs_are_of_the_raw_logits() {
-        let params = SamplingParams {
-            temperature: 0.0,
-            logit_bias: vec![(0, 100.0)],
-            logprobs: Some(2),
-            ..Default::default()
-        };
+        let params =
+            SamplingParams { temperature: 0.0, logit_bias: vec![(0, 100.0)], logprobs: Some(2), ..Default::default() };
         let logits: Vec<f32> = [0.2f32, 0.5, 0.3].iter().map(|p| p.ln()).collect();
-        let got = sample_row(&mut logits.clone(), &row(params))
-            .logprobs
-            .expect("asked for");
+        let got = sample_row(&mut logits.clone(), &row(params)).logprobs.expect("asked for");
         assert_eq!((got.token_id, got.rank), (0, 3));
         assert!((got.logprob - 0.2f32.ln()).abs() < 1e-5);
         assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 2]);

@@ -275,26 +275,17 @@ impl Scheduler {
             let (start, end) = (seq.n_scheduled, seq.n_scheduled + n_tokens);
             let query_start = step.token_ids.len() as u32;
             for position in start..end {
-                let token = seq
-                    .tokens
-                    .get(position)
-                    .map_or(-1 - slot as i32, |&t| t as i32);
+                let token = seq.tokens.get(position).map_or(-1 - slot as i32, |&t| t as i32);
                 step.token_ids.push(token);
                 step.positions.push(position as u32);
                 let page = seq.table.pages()[position / PAGE_SIZE];
-                step.slot_mapping
-                    .push(page * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32);
+                step.slot_mapping.push(page * PAGE_SIZE as u32 + (position % PAGE_SIZE) as u32);
             }
             let n_prompt = seq.new.prompt.len();
             self.counters.n_prompt_tokens += end.min(n_prompt).saturating_sub(start) as u64;
-            let wants_prompt = seq
-                .new
-                .params
-                .prompt_logprobs
-                .filter(|_| seq.n_output() == 0 && start + 1 < n_prompt);
+            let wants_prompt = seq.new.params.prompt_logprobs.filter(|_| seq.n_output() == 0 && start + 1 < n_prompt);
             let block_start = step.block_tables.len();
-            step.block_tables
-                .extend_from_slice(&seq.table.pages()[..end.div_ceil(PAGE_SIZE)]);
+            step.block_tables.extend_from_slice(&seq.table.pages()[..end.div_ceil(PAGE_SIZE)]);
             step.seqs.push(StepSeq {
                 slot,
                 query_start,
@@ -341,23 +332,15 @@ impl Scheduler {
         let mut tokens = output.tokens.into_iter();
         let mut prompt_logprobs = output.prompt_logprobs.into_iter();
         let mut progress = Vec::new();
-        for InFlight {
-            id,
-            samples,
-            has_prompt_logprobs,
-            n_preemptions,
-        } in planned
-        {
-            let prompt_part =
-                has_prompt_logprobs.then(|| prompt_logprobs.next().unwrap_or_default());
+        for InFlight { id, samples, has_prompt_logprobs, n_preemptions } in planned {
+            let prompt_part = has_prompt_logprobs.then(|| prompt_logprobs.next().unwrap_or_default());
             let sampled = samples.then(|| tokens.next().expect("one token per sampled row"));
             let Some(seq) = self.seqs.get_mut(&id) else {
                 continue;
             };
             // What was computed before a preemption is computed again.
             if n_preemptions == seq.n_preemptions {
-                seq.prompt_logprobs
-                    .extend(prompt_part.into_iter().flatten());
+                seq.prompt_logprobs.extend(prompt_part.into_iter().flatten());
             }
             let end = sampled.map(|token| {
                 let is_first = seq.tokens.len() == seq.new.prompt.len();
@@ -384,3 +367,7 @@ impl Scheduler {
         progress
     }
 }
+
+#[cfg(test)]
+#[path = "scheduler_tests.rs"]
+mod tests;

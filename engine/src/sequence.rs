@@ -93,11 +93,7 @@ impl Sequence {
 
     /// Most tokens this sequence may come to.
     pub(crate) fn len_limit(&self) -> usize {
-        let asked = self
-            .new
-            .params
-            .max_tokens
-            .map_or(usize::MAX, |n| self.new.prompt.len() + n as usize);
+        let asked = self.new.params.max_tokens.map_or(usize::MAX, |n| self.new.prompt.len() + n as usize);
         asked.min(self.new.max_len)
     }
 
@@ -112,9 +108,7 @@ impl Sequence {
 
     /// Ids that must not be sampled for output token number `n_output`.
     pub(crate) fn banned(&self) -> Option<Arc<[u32]>> {
-        (self.n_output() < self.new.params.min_tokens as usize)
-            .then(|| self.banned_until_min_tokens.clone())
-            .flatten()
+        (self.n_output() < self.new.params.min_tokens as usize).then(|| self.banned_until_min_tokens.clone()).flatten()
     }
 
     /// Appends a sampled token and says whether it was the last.
@@ -127,21 +121,13 @@ impl Sequence {
             if !params.ignore_eos
                 && let Some(i) = self.new.eos_token_ids.iter().position(|&id| id == token)
             {
-                return Some(SequenceEnd {
-                    reason: FinishReason::Stop,
-                    stop_token: (i > 0).then_some(token),
-                });
+                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: (i > 0).then_some(token) });
             }
             if params.stop_token_ids.contains(&token) {
-                return Some(SequenceEnd {
-                    reason: FinishReason::Stop,
-                    stop_token: Some(token),
-                });
+                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token) });
             }
         }
-        (self.tokens.len() >= self.len_limit()).then_some(SequenceEnd {
-            reason: FinishReason::Length,
-            stop_token: None,
-        })
+        (self.tokens.len() >= self.len_limit())
+            .then_some(SequenceEnd { reason: FinishReason::Length, stop_token: None })
     }
 }

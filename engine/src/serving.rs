@@ -38,10 +38,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new() -> Self {
-        Self {
-            stats: Mutex::new(EngineStats::default()),
-            failure: Mutex::new(None),
-        }
+        Self { stats: Mutex::new(EngineStats::default()), failure: Mutex::new(None) }
     }
 
     pub(crate) fn stats(&self) -> EngineStats {
@@ -76,11 +73,7 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    pub(crate) fn new(
-        executor: Box<dyn Executor>,
-        config: &EngineConfig,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(crate) fn new(executor: Box<dyn Executor>, config: &EngineConfig, shared: Arc<Shared>) -> Self {
         let capacity = executor.capacity();
         let scheduler = Scheduler::new(SchedulerConfig {
             n_pages: capacity.n_pages,
@@ -88,13 +81,8 @@ impl Serving {
             max_num_batched_tokens: capacity.max_num_batched_tokens,
             enable_prefix_caching: config.enable_prefix_caching,
         });
-        let serving = Self {
-            max_in_flight: capacity.max_in_flight,
-            executor,
-            scheduler,
-            callers: HashMap::new(),
-            shared,
-        };
+        let serving =
+            Self { max_in_flight: capacity.max_in_flight, executor, scheduler, callers: HashMap::new(), shared };
         serving.publish();
         serving
     }
@@ -159,30 +147,13 @@ impl Serving {
     }
 
     fn admit(&mut self, arrival: Arrival) {
-        let Arrival {
-            sequence,
-            index,
-            events,
-            cancel,
-        } = arrival;
+        let Arrival { sequence, index, events, cancel } = arrival;
         let id = self.scheduler.add(sequence);
-        self.callers.insert(
-            id,
-            Caller {
-                index,
-                events,
-                cancel,
-            },
-        );
+        self.callers.insert(id, Caller { index, events, cancel });
     }
 
     fn drop_cancelled(&mut self) {
-        let gone: Vec<SeqId> = self
-            .callers
-            .iter()
-            .filter(|(_, c)| c.is_gone())
-            .map(|(&id, _)| id)
-            .collect();
+        let gone: Vec<SeqId> = self.callers.iter().filter(|(_, c)| c.is_gone()).map(|(&id, _)| id).collect();
         for id in gone {
             self.callers.remove(&id);
             self.scheduler.abort(id);
@@ -190,31 +161,16 @@ impl Serving {
     }
 
     fn emit(&mut self, progress: Vec<Progress>) {
-        for Progress {
-            id,
-            prompt,
-            token_id,
-            logprobs,
-            end,
-        } in progress
-        {
+        for Progress { id, prompt, token_id, logprobs, end } in progress {
             let Some(caller) = self.callers.get(&id) else {
                 continue;
             };
             // A closed channel is noticed in the next turn.
             if let Some(prompt) = prompt {
-                let event = TokenEvent::Prompt {
-                    n_cached: prompt.n_cached,
-                    logprobs: prompt.logprobs,
-                };
+                let event = TokenEvent::Prompt { n_cached: prompt.n_cached, logprobs: prompt.logprobs };
                 let _ = caller.events.send(event);
             }
-            let _ = caller.events.send(TokenEvent::Token {
-                index: caller.index,
-                token_id,
-                logprobs,
-                end,
-            });
+            let _ = caller.events.send(TokenEvent::Token { index: caller.index, token_id, logprobs, end });
             if end.is_some() {
                 self.callers.remove(&id);
             }

@@ -63,13 +63,9 @@ pub fn create(
     match config.device {
         DeviceChoice::Cpu => on_cpu(spec, weights, config),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(index) => Ok(Box::new(cuda::CudaExecutor::new(
-            spec, weights, config, index,
-        )?)),
+        DeviceChoice::Cuda(index) => Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, index)?)),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Auto if cuda::is_available() => {
-            Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, 0)?))
-        }
+        DeviceChoice::Auto if cuda::is_available() => Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, 0)?)),
         DeviceChoice::Auto => on_cpu(spec, weights, config),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => Err(Error::config(
@@ -79,13 +75,7 @@ pub fn create(
     }
 }
 
-fn on_cpu(
-    spec: &DecoderSpec,
-    weights: &dyn WeightSource,
-    config: &EngineConfig,
-) -> Result<Box<dyn Executor>, Error> {
+fn on_cpu(spec: &DecoderSpec, weights: &dyn WeightSource, config: &EngineConfig) -> Result<Box<dyn Executor>, Error> {
     let device = ::burn::tensor::Device::flex();
-    Ok(Box::new(burn::BurnExecutor::new(
-        spec, weights, config, device,
-    )?))
+    Ok(Box::new(burn::BurnExecutor::new(spec, weights, config, device)?))
 }

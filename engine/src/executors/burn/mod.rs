@@ -49,10 +49,7 @@ impl BurnExecutor {
         device: Device,
     ) -> Result<Self, Error> {
         if !matches!(config.dtype, DTypeChoice::Auto | DTypeChoice::Float32) {
-            return Err(Error::config(
-                "--dtype",
-                "the CPU computes in float32; use `--dtype float32` or `auto`",
-            ));
+            return Err(Error::config("--dtype", "the CPU computes in float32; use `--dtype float32` or `auto`"));
         }
         let capacity = plan_capacity(spec, config)?;
         let n_kv_tokens = capacity.n_pages * PAGE_SIZE;
@@ -60,21 +57,11 @@ impl BurnExecutor {
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
         let description = format!(
             "device {}, float32, weights {:.2} GiB, KV cache {:.2} GiB ({n_kv_tokens} tokens)",
-            if is_cpu(&device) {
-                "cpu".to_owned()
-            } else {
-                format!("{device:?}")
-            },
+            if is_cpu(&device) { "cpu".to_owned() } else { format!("{device:?}") },
             gib(spec.n_parameters() * ELEMENT_SIZE),
             gib(n_kv_tokens * spec.kv_bytes_per_token(ELEMENT_SIZE)),
         );
-        Ok(Self {
-            model,
-            device,
-            capacity,
-            description,
-            output: None,
-        })
+        Ok(Self { model, device, capacity, description, output: None })
     }
 
     fn forward(&mut self, step: &StepInput) -> Result<StepOutput, Error> {
@@ -109,23 +96,17 @@ impl BurnExecutor {
             // In pieces: logits of a whole chunk may be larger than the model.
             for (i, targets) in wanted.targets.chunks(64).enumerate() {
                 let first = seq.query_start as usize + i * 64;
-                let logits =
-                    self.logits(hidden.clone(), (first..first + targets.len()).collect())?;
+                let logits = self.logits(hidden.clone(), (first..first + targets.len()).collect())?;
                 of_seq.par_extend(
                     logits
                         .par_chunks(self.model.spec().vocab_size)
                         .zip(targets)
-                        .map(|(logits, &target)| {
-                            sampler::token_logprobs(logits, target, wanted.n_top)
-                        }),
+                        .map(|(logits, &target)| sampler::token_logprobs(logits, target, wanted.n_top)),
                 );
             }
             prompt_logprobs.push(of_seq);
         }
-        Ok(StepOutput {
-            tokens,
-            prompt_logprobs,
-        })
+        Ok(StepOutput { tokens, prompt_logprobs })
     }
 
     /// Logits of some rows of `hidden`, `[n_tokens, hidden_size]`: `[rows.len() * vocab_size]`.
@@ -156,9 +137,7 @@ impl Executor for BurnExecutor {
     }
 
     fn collect(&mut self) -> Result<StepOutput, Error> {
-        self.output
-            .take()
-            .ok_or_else(|| Error::Device("no step was launched".into()))
+        self.output.take().ok_or_else(|| Error::Device("no step was launched".into()))
     }
 }
 
@@ -186,22 +165,14 @@ fn plan_capacity(spec: &DecoderSpec, config: &EngineConfig) -> Result<Capacity, 
     if asked_len > spec.max_position {
         return Err(Error::config(
             "--max-model-len",
-            format!(
-                "{asked_len} is more than the model's {} positions; lower it",
-                spec.max_position
-            ),
+            format!("{asked_len} is more than the model's {} positions; lower it", spec.max_position),
         ));
     }
     let page_bytes = spec.kv_bytes_per_token(ELEMENT_SIZE) * PAGE_SIZE;
-    let useful = max_num_seqs
-        .saturating_mul(asked_len.div_ceil(PAGE_SIZE))
-        .saturating_mul(page_bytes);
+    let useful = max_num_seqs.saturating_mul(asked_len.div_ceil(PAGE_SIZE)).saturating_mul(page_bytes);
     let kv_bytes = config.kv_cache_memory_bytes.unwrap_or_else(|| {
         let quarter = free_memory().map_or(usize::MAX, |free| free / 4);
-        DEFAULT_KV_CACHE_BYTES
-            .min(quarter)
-            .max(page_bytes * 64)
-            .min(useful)
+        DEFAULT_KV_CACHE_BYTES.min(quarter).max(page_bytes * 64).min(useful)
     });
     let n_pages = kv_bytes / page_bytes;
     let max_model_len = match config.max_model_len {
@@ -227,9 +198,7 @@ fn plan_capacity(spec: &DecoderSpec, config: &EngineConfig) -> Result<Capacity, 
     Ok(Capacity {
         n_pages,
         max_num_seqs,
-        max_num_batched_tokens: config
-            .max_num_batched_tokens
-            .unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS),
+        max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS),
         max_model_len,
         max_in_flight: 1,
     })
@@ -238,17 +207,9 @@ fn plan_capacity(spec: &DecoderSpec, config: &EngineConfig) -> Result<Capacity, 
 /// Bytes of memory that can be had without swapping, if the system tells.
 fn free_memory() -> Option<usize> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let in_group = |file: &str| {
-        std::fs::read_to_string(file)
-            .ok()?
-            .trim()
-            .parse::<usize>()
-            .ok()
-    };
+    let in_group = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse::<usize>().ok();
     let limit = in_group("/sys/fs/cgroup/memory.max").unwrap_or(usize::MAX);
     Some((kib * 1024).min(limit))
 }

@@ -69,30 +69,16 @@ impl BurnModel {
         capacity: &Capacity,
         device: &Device,
     ) -> Result<Self, Error> {
-        let loader = Loader {
-            spec,
-            weights,
-            device,
-        };
+        let loader = Loader { spec, weights, device };
         let n_slots = capacity.n_pages * PAGE_SIZE;
         let (cos, sin) = spec.rope.cos_sin(spec.head_dim, capacity.max_model_len);
-        let table = |values| {
-            Tensor::from_data(
-                TensorData::new(values, [capacity.max_model_len, spec.head_dim / 2]),
-                device,
-            )
-        };
+        let table =
+            |values| Tensor::from_data(TensorData::new(values, [capacity.max_model_len, spec.head_dim / 2]), device);
         Ok(Self {
             embedding: loader.matrix(&[Weight::Embedding])?,
-            layers: (0..spec.n_layers)
-                .map(|layer| loader.layer(layer, n_slots))
-                .collect::<Result<_, _>>()?,
+            layers: (0..spec.n_layers).map(|layer| loader.layer(layer, n_slots)).collect::<Result<_, _>>()?,
             final_norm: loader.row(&[Weight::FinalNorm])?,
-            lm_head: if spec.tie_embeddings {
-                None
-            } else {
-                Some(loader.linear(&[Weight::LmHead], &[])?)
-            },
+            lm_head: if spec.tie_embeddings { None } else { Some(loader.linear(&[Weight::LmHead], &[])?) },
             cos: table(cos),
             sin: table(sin),
             spec: spec.clone(),
@@ -106,8 +92,7 @@ impl BurnModel {
 
     /// Hidden states before the final norm, `[n_tokens, hidden_size]`.
     pub(super) fn forward(&mut self, step: &StepInput, plan: &AttentionPlan) -> Tensor<2> {
-        let ints =
-            |values: &mut dyn Iterator<Item = i64>| int_tensor(values.collect(), &self.device);
+        let ints = |values: &mut dyn Iterator<Item = i64>| int_tensor(values.collect(), &self.device);
         // This executor runs one step at a time, so every token is known.
         let token_ids = ints(&mut step.token_ids.iter().map(|&t| i64::from(t)));
         let positions = ints(&mut step.positions.iter().map(|&p| i64::from(p)));
@@ -115,11 +100,7 @@ impl BurnModel {
 
         let eps = self.spec.norm_eps;
         let rotation = Rotation {
-            cos: self
-                .cos
-                .clone()
-                .select(0, positions.clone())
-                .unsqueeze_dim(1),
+            cos: self.cos.clone().select(0, positions.clone()).unsqueeze_dim(1),
             sin: self.sin.clone().select(0, positions).unsqueeze_dim(1),
         };
         let mut x = self.embedding.clone().select(0, token_ids);
@@ -156,9 +137,7 @@ impl Layer {
         let qkv = self.qkv.forward(h);
         let heads = |columns: Range<usize>| {
             let n = columns.len();
-            qkv.clone()
-                .slice([0..n_tokens, columns.start * d..columns.end * d])
-                .reshape([n_tokens, n, d])
+            qkv.clone().slice([0..n_tokens, columns.start * d..columns.end * d]).reshape([n_tokens, n, d])
         };
         let (mut q, mut k) = (heads(0..n_q), heads(n_q..n_q + n_kv));
         if let Some((q_norm, k_norm)) = &self.qk_norm {
@@ -168,10 +147,8 @@ impl Layer {
         let (q, k) = (rotation.apply(q), rotation.apply(k));
         let v = qkv.slice([0..n_tokens, (n_q + n_kv) * d..(n_q + 2 * n_kv) * d]);
         let k = k.reshape([n_tokens, n_kv * d]);
-        self.k_cache
-            .inplace(|c| c.select_assign(0, slots.clone(), k, IndexingUpdateOp::Assign));
-        self.v_cache
-            .inplace(|c| c.select_assign(0, slots.clone(), v, IndexingUpdateOp::Assign));
+        self.k_cache.inplace(|c| c.select_assign(0, slots.clone(), k, IndexingUpdateOp::Assign));
+        self.v_cache.inplace(|c| c.select_assign(0, slots.clone(), v, IndexingUpdateOp::Assign));
         self.o.forward(plan.attend(q, &self.k_cache, &self.v_cache))
     }
 
@@ -205,21 +182,13 @@ impl Rotation {
 
 // x: [n_tokens, hidden_size], weight: [1, hidden_size]
 fn rms_norm(x: Tensor<2>, weight: &Tensor<2>, eps: f32) -> Tensor<2> {
-    let scale = (x.clone() * x.clone())
-        .mean_dim(1)
-        .add_scalar(eps)
-        .sqrt()
-        .recip();
+    let scale = (x.clone() * x.clone()).mean_dim(1).add_scalar(eps).sqrt().recip();
     x * scale * weight.clone()
 }
 
 // x: [n_tokens, n_heads, head_dim], weight: [1, 1, head_dim]
 fn rms_norm_heads(x: Tensor<3>, weight: &Tensor<3>, eps: f32) -> Tensor<3> {
-    let scale = (x.clone() * x.clone())
-        .mean_dim(2)
-        .add_scalar(eps)
-        .sqrt()
-        .recip();
+    let scale = (x.clone() * x.clone()).mean_dim(2).add_scalar(eps).sqrt().recip();
     x * scale * weight.clone()
 }
 
@@ -236,24 +205,12 @@ impl Loader<'_> {
         let spec = self.spec;
         let kv_dim = spec.n_kv_heads * spec.head_dim;
         // Zeroed by the allocator, so pages that no sequence ever used cost no memory.
-        let cache = || {
-            Tensor::from_data(
-                TensorData::new(vec![0f32; n_slots * kv_dim], [n_slots, kv_dim]),
-                self.device,
-            )
-        };
+        let cache = || Tensor::from_data(TensorData::new(vec![0f32; n_slots * kv_dim], [n_slots, kv_dim]), self.device);
         let head_norm = |w| self.row(&[of(w)]).map(|t| t.unsqueeze_dim(0));
         Ok(Layer {
             input_norm: self.row(&[of(InputNorm)])?,
-            qkv: self.linear(
-                &[of(QProj), of(KProj), of(VProj)],
-                &[of(QBias), of(KBias), of(VBias)],
-            )?,
-            qk_norm: if spec.qk_norm {
-                Some((head_norm(QNorm)?, head_norm(KNorm)?))
-            } else {
-                None
-            },
+            qkv: self.linear(&[of(QProj), of(KProj), of(VProj)], &[of(QBias), of(KBias), of(VBias)])?,
+            qk_norm: if spec.qk_norm { Some((head_norm(QNorm)?, head_norm(KNorm)?)) } else { None },
             o: self.linear(&[of(OProj)], &[of(OBias)])?,
             post_attention_norm: self.row(&[of(PostAttentionNorm)])?,
             gate_up: self.linear(&[of(GateProj), of(UpProj)], &[of(GateBias), of(UpBias)])?,
@@ -266,39 +223,23 @@ impl Loader<'_> {
     /// The projections `weights`, one below the other, with those of `biases` that the model has.
     fn linear(&self, weights: &[Weight], biases: &[Weight]) -> Result<Linear, Error> {
         let has_bias = biases.iter().any(|&b| self.spec.shape(b).is_some());
-        Ok(Linear {
-            weight: self.matrix(weights)?,
-            bias: if has_bias {
-                Some(self.row(biases)?)
-            } else {
-                None
-            },
-        })
+        Ok(Linear { weight: self.matrix(weights)?, bias: if has_bias { Some(self.row(biases)?) } else { None } })
     }
 
     fn matrix(&self, weights: &[Weight]) -> Result<Tensor<2>, Error> {
         let (values, n_columns) = self.read(weights)?;
         let n_rows = values.len() / n_columns;
-        Ok(Tensor::from_data(
-            TensorData::new(values, [n_rows, n_columns]),
-            self.device,
-        ))
+        Ok(Tensor::from_data(TensorData::new(values, [n_rows, n_columns]), self.device))
     }
 
     fn row(&self, weights: &[Weight]) -> Result<Tensor<2>, Error> {
         let (values, _) = self.read(weights)?;
         let n = values.len();
-        Ok(Tensor::from_data(
-            TensorData::new(values, [1, n]),
-            self.device,
-        ))
+        Ok(Tensor::from_data(TensorData::new(values, [1, n]), self.device))
     }
 
     fn read(&self, weights: &[Weight]) -> Result<(Vec<f32>, usize), Error> {
-        let views = weights
-            .iter()
-            .map(|&w| self.weights.get(w))
-            .collect::<Result<Vec<_>, _>>()?;
+        let views = weights.iter().map(|&w| self.weights.get(w)).collect::<Result<Vec<_>, _>>()?;
         let mut values = vec![0.0; views.iter().map(|v| v.n_elements()).sum()];
         let mut rest = values.as_mut_slice();
         for view in &views {

@@ -1,0 +1,160 @@
+//! An independent decoder in float32: plain loops over dequantised weights, one token at a time, no
+//! batching, no paging, no tensor library. Slow and easy to check against the papers.
+
+use ember_engine::{
+    decoder::{DecoderSpec, LayerWeight, Weight},
+    models::Model,
+};
+
+pub struct Oracle {
+    spec: DecoderSpec,
+    embedding: Vec<f32>,
+    final_norm: Vec<f32>,
+    lm_head: Option<Vec<f32>>,
+    layers: Vec<Layer>,
+    inv_freq: Vec<f32>,
+}
+
+struct Layer {
+    input_norm: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    o: Vec<f32>,
+    post_attention_norm: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+}
+
+/// Keys and values of one sequence, per layer `[n_tokens * n_kv_heads * head_dim]`.
+pub struct Cache {
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+impl Oracle {
+    pub fn new(model: &Model) -> Self {
+        let spec = model.spec.clone();
+        assert!(!spec.qkv_bias && !spec.qk_norm && spec.sliding_window.is_none(), "a plain Llama");
+        let read = |w: Weight| model.weights.get(w).expect("the model is whole").to_f32().into_owned();
+        let layer = |i: usize| {
+            let of = |w: LayerWeight| read(Weight::Layer(i, w));
+            Layer {
+                input_norm: of(LayerWeight::InputNorm),
+                q: of(LayerWeight::QProj),
+                k: of(LayerWeight::KProj),
+                v: of(LayerWeight::VProj),
+                o: of(LayerWeight::OProj),
+                post_attention_norm: of(LayerWeight::PostAttentionNorm),
+                gate: of(LayerWeight::GateProj),
+                up: of(LayerWeight::UpProj),
+                down: of(LayerWeight::DownProj),
+            }
+        };
+        Self {
+            embedding: read(Weight::Embedding),
+            final_norm: read(Weight::FinalNorm),
+            lm_head: (!spec.tie_embeddings).then(|| read(Weight::LmHead)),
+            layers: (0..spec.n_layers).map(layer).collect(),
+            inv_freq: (0..spec.head_dim / 2)
+                .map(|i| spec.rope.theta.powf(-2.0 * i as f32 / spec.head_dim as f32))
+                .collect(),
+            spec,
+        }
+    }
+
+    pub fn cache(&self) -> Cache {
+        Cache { keys: vec![Vec::new(); self.spec.n_layers], values: vec![Vec::new(); self.spec.n_layers] }
+    }
+
+    /// Hidden state of `token` at the next position of `cache`, after the last layer.
+    pub fn forward(&self, token: u32, cache: &mut Cache) -> Vec<f32> {
+        let spec = &self.spec;
+        let (hidden, d) = (spec.hidden_size, spec.head_dim);
+        let position = cache.keys[0].len() / (spec.n_kv_heads * d);
+        let mut x = self.embedding[token as usize * hidden..][..hidden].to_vec();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let h = rms_norm(&x, &layer.input_norm, spec.norm_eps);
+            let mut q = multiply(&layer.q, &h);
+            let mut k = multiply(&layer.k, &h);
+            q.chunks_exact_mut(d).chain(k.chunks_exact_mut(d)).for_each(|head| self.rotate(head, position));
+            cache.keys[i].extend(k);
+            cache.values[i].extend(multiply(&layer.v, &h));
+            let attended = self.attend(&q, &cache.keys[i], &cache.values[i]);
+            add(&mut x, &multiply(&layer.o, &attended));
+
+            let h = rms_norm(&x, &layer.post_attention_norm, spec.norm_eps);
+            let gate = multiply(&layer.gate, &h);
+            let up = multiply(&layer.up, &h);
+            let activated: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            add(&mut x, &multiply(&layer.down, &activated));
+        }
+        x
+    }
+
+    /// Log-probabilities of the token after `hidden`, `[vocab_size]`.
+    pub fn log_probs(&self, hidden: &[f32]) -> Vec<f32> {
+        let h = rms_norm(hidden, &self.final_norm, self.spec.norm_eps);
+        let logits = multiply(self.lm_head.as_ref().unwrap_or(&self.embedding), &h);
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
+        let log_sum = max + logits.iter().map(|l| (l - max).exp()).sum::<f32>().ln();
+        logits.into_iter().map(|l| l - log_sum).collect()
+    }
+
+    fn rotate(&self, head: &mut [f32], position: usize) {
+        let half = head.len() / 2;
+        for i in 0..half {
+            let (sin, cos) = (position as f32 * self.inv_freq[i]).sin_cos();
+            let (a, b) = (head[i], head[i + half]);
+            head[i] = a * cos - b * sin;
+            head[i + half] = b * cos + a * sin;
+        }
+    }
+
+    fn attend(&self, q: &[f32], keys: &[f32], values: &[f32]) -> Vec<f32> {
+        let (d, n_kv) = (self.spec.head_dim, self.spec.n_kv_heads);
+        let per_kv = self.spec.n_heads / n_kv;
+        let n_tokens = keys.len() / (n_kv * d);
+        let mut out = vec![0.0; q.len()];
+        for (head, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+            let at = |t: usize| (t * n_kv + head / per_kv) * d;
+            let scores: Vec<f32> = (0..n_tokens).map(|t| dot(q, &keys[at(t)..][..d]) / (d as f32).sqrt()).collect();
+            let max = scores.iter().copied().fold(f32::MIN, f32::max);
+            let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
+            let total: f32 = weights.iter().sum();
+            for (t, weight) in weights.iter().enumerate() {
+                for (o, v) in out.iter_mut().zip(&values[at(t)..][..d]) {
+                    *o += weight / total * v;
+                }
+            }
+        }
+        out
+    }
+}
+
+/// `y = W x`, with `W` of `x.len()` columns.
+fn multiply(w: &[f32], x: &[f32]) -> Vec<f32> {
+    w.chunks_exact(x.len()).map(|row| dot(row, x)).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    // Eight sums, so that the compiler may use vector registers.
+    let mut sums = [0.0f32; 8];
+    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
+        for i in 0..8 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let tail = a.len() - a.len() % 8;
+    sums.iter().sum::<f32>() + a[tail..].iter().zip(&b[tail..]).map(|(a, b)| a * b).sum::<f32>()
+}
+
+fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let scale = (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32 + eps).sqrt().recip();
+    x.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}

@@ -1,0 +1,148 @@
+//! SmolLM2-135M-Instruct through the whole engine, against an independent float32 decoder.
+
+mod oracle;
+
+use std::path::PathBuf;
+
+use ember_engine::{
+    DeviceChoice, Engine, EngineConfig, GenerateRequest, LoadFormat, Output, SamplingParams, models::Model,
+};
+use oracle::Oracle;
+
+const PROMPTS: [&str; 8] = [
+    "The capital of France is",
+    "Hello, my name is",
+    "The future of AI is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
+    "Die Hauptstadt von Deutschland ist",
+    "1, 1, 2, 3, 5, 8, 13,",
+];
+const N_TOKENS: u32 = 24;
+/// Two tokens whose log-probabilities differ by less may change places between implementations.
+const NEAR_TIE: f32 = 2e-3;
+
+fn model_path() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
+    let path = cache.join("ember/models/SmolLM2-135M-Instruct-Q4_1.gguf");
+    assert!(path.is_file(), "{} is missing: run `cargo xtask model smollm2` first", path.display());
+    path
+}
+
+fn config() -> EngineConfig {
+    EngineConfig { device: DeviceChoice::Cpu, kv_cache_memory_bytes: Some(64 << 20), ..Default::default() }
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens: Some(N_TOKENS), ignore_eos: true, ..Default::default() }
+}
+
+fn token_ids(outputs: &[Output]) -> Vec<Vec<u32>> {
+    outputs.iter().map(|output| output.token_ids.clone()).collect()
+}
+
+/// Compares `ids` with the oracle's greedy choice, token by token, up to the first near-tie.
+/// Returns how many tokens were compared.
+fn check_against_oracle(oracle: &Oracle, output: &Output) -> usize {
+    let mut cache = oracle.cache();
+    let mut hidden = Vec::new();
+    for &token in output.prompt_token_ids.iter() {
+        hidden = oracle.forward(token, &mut cache);
+    }
+    for (i, &id) in output.token_ids.iter().enumerate() {
+        let log_probs = oracle.log_probs(&hidden);
+        let mut order: Vec<u32> = (0..log_probs.len() as u32).collect();
+        order.sort_unstable_by(|&a, &b| log_probs[b as usize].total_cmp(&log_probs[a as usize]));
+        if i == 0 {
+            for &(id, logprob) in &output.logprobs[0].top {
+                let wanted = log_probs[id as usize];
+                assert!((logprob - wanted).abs() < 0.02, "log-probability of {id}: {logprob} instead of {wanted}");
+            }
+        }
+        if log_probs[order[0] as usize] - log_probs[order[1] as usize] < NEAR_TIE {
+            return i;
+        }
+        assert_eq!(id, order[0], "token {i} of {:?}", output.text);
+        hidden = oracle.forward(id, &mut cache);
+    }
+    output.token_ids.len()
+}
+
+#[test]
+fn greedy_ids_equal_the_oracles() {
+    let model = Model::open(&model_path(), LoadFormat::Auto, 0).expect("the model opens");
+    let oracle = Oracle::new(&model);
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let params = SamplingParams { logprobs: Some(5), ..greedy() };
+    let outputs = engine.generate(PROMPTS, &params).expect("generates");
+    let n_compared: Vec<usize> = outputs.iter().map(|output| check_against_oracle(&oracle, output)).collect();
+    println!("tokens compared before a near-tie: {n_compared:?}");
+    assert!(n_compared.iter().sum::<usize>() >= PROMPTS.len() * N_TOKENS as usize / 2, "near-ties hid the comparison");
+}
+
+#[test]
+fn neither_batching_nor_caching_nor_preemption_changes_the_ids() {
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let alone: Vec<Vec<u32>> = PROMPTS
+        .iter()
+        .flat_map(|&prompt| token_ids(&engine.generate([prompt], &greedy()).expect("generates")))
+        .collect();
+    let together = token_ids(&engine.generate(PROMPTS, &greedy()).expect("generates"));
+    assert_eq!(alone, together, "in a batch of {}", PROMPTS.len());
+
+    // The longest prompt again and again: its pages come from the prefix cache.
+    let long = format!("{} {}", PROMPTS[5], PROMPTS[5]);
+    let first = token_ids(&engine.generate([long.as_str()], &greedy()).expect("generates"));
+    let hits_before = engine.stats().n_prefix_hits;
+    let again = token_ids(&engine.generate([long.as_str()], &greedy()).expect("generates"));
+    assert_eq!(first, again, "with a cached prefix");
+    assert!(engine.stats().n_prefix_hits >= hits_before + 32);
+    drop(engine);
+
+    let uncached = EngineConfig { enable_prefix_caching: false, ..config() };
+    let engine = Engine::load(model_path(), uncached).expect("the model loads");
+    assert_eq!(first, token_ids(&engine.generate([long.as_str()], &greedy()).expect("generates")), "without the cache");
+    drop(engine);
+
+    // 12 pages for eight sequences of two to four pages each: some must be put back and computed again.
+    let page_bytes = 16 * 2 * 30 * 3 * 64 * 4;
+    let scarce = EngineConfig { kv_cache_memory_bytes: Some(12 * page_bytes), max_model_len: Some(128), ..config() };
+    let engine = Engine::load(model_path(), scarce).expect("the model loads");
+    let preempted = token_ids(&engine.generate(PROMPTS, &greedy()).expect("generates"));
+    assert!(engine.stats().n_preemptions > 0, "the test preempts nothing");
+    assert_eq!(alone, preempted, "after preemption");
+}
+
+#[test]
+fn a_seed_gives_the_same_text_whatever_else_runs() {
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let params =
+        SamplingParams { temperature: 0.8, top_p: 0.95, seed: Some(42), max_tokens: Some(16), ..Default::default() };
+    let alone = token_ids(&engine.generate([PROMPTS[0]], &params).expect("generates"));
+    let others = [PROMPTS[1], PROMPTS[0], PROMPTS[2]];
+    let together = token_ids(&engine.generate(others, &params).expect("generates"));
+    assert_eq!(alone[0], together[1]);
+    let other_seed = SamplingParams { seed: Some(43), ..params };
+    assert_ne!(alone, token_ids(&engine.generate([PROMPTS[0]], &other_seed).expect("generates")));
+}
+
+#[test]
+fn dropped_generations_give_their_pages_back() {
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let params = SamplingParams { max_tokens: Some(1000), ignore_eos: true, ..greedy() };
+    let mut kept = engine.submit(GenerateRequest::new(PROMPTS[0], greedy())).expect("starts");
+    for prompt in PROMPTS {
+        let mut generation = engine.submit(GenerateRequest::new(prompt, params.clone())).expect("starts");
+        generation.blocking_next().expect("an event").expect("no error");
+    }
+    while let Some(event) = kept.blocking_next() {
+        event.expect("no error");
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while engine.stats().n_pages_in_use > 0 || engine.stats().n_running > 0 {
+        assert!(std::time::Instant::now() < deadline, "pages are still in use: {:?}", engine.stats());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
