@@ -91,11 +91,7 @@ impl Plan {
         for dataset in &args.dataset {
             for &parallel in &args.parallel {
                 let number = args.number.unwrap_or_else(|| default_number(parallel));
-                points.push(Point {
-                    dataset: dataset.clone(),
-                    parallel,
-                    number,
-                });
+                points.push(Point { dataset: dataset.clone(), parallel, number });
             }
         }
         let out = match &args.out {
@@ -105,11 +101,7 @@ impl Plan {
         Ok(Plan {
             points,
             max_tokens: args.max_tokens.unwrap_or(if is_small { 64 } else { 512 }),
-            max_prompt_length: args.max_prompt_length.unwrap_or(if is_small {
-                8000
-            } else {
-                131_072
-            }),
+            max_prompt_length: args.max_prompt_length.unwrap_or(if is_small { 8000 } else { 131_072 }),
             out,
         })
     }
@@ -122,23 +114,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         Some(dir) => dir.clone(),
         None => build(args, &interrupt)?,
     };
-    fs::create_dir_all(&plan.out)
-        .with_context(|| format!("cannot create {}", plan.out.display()))?;
+    fs::create_dir_all(&plan.out).with_context(|| format!("cannot create {}", plan.out.display()))?;
 
     let (mut server, url, name) = match &args.framework {
-        Framework::Url(url) => (
-            None,
-            url.trim_end_matches('/').to_owned(),
-            args.model.clone(),
-        ),
+        Framework::Url(url) => (None, url.trim_end_matches('/').to_owned(), args.model.clone()),
         Framework::Own => {
             let (path, name) = resolve_model(&args.model)?;
-            let server = start_server(
-                &bin_dir.join("ember"),
-                &path,
-                (&name, args.gpu),
-                (&plan.out, &interrupt),
-            )?;
+            let server = start_server(&bin_dir.join("ember"), &path, (&name, args.gpu), (&plan.out, &interrupt))?;
             println!("server ready after {:.1} s", server.ready.as_secs_f64());
             let url = format!("http://127.0.0.1:{}", server.port);
             (Some(server), url, name)
@@ -147,23 +129,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut problems = Vec::new();
     for point in &plan.points {
-        println!(
-            "\n== {} at parallel {}: {} requests",
-            point.dataset, point.parallel, point.number
-        );
+        println!("\n== {} at parallel {}: {} requests", point.dataset, point.parallel, point.number);
         let mut command = perf_command(&bin_dir, &plan, point);
-        command.args([
-            "--url",
-            &format!("{url}/v1/chat/completions"),
-            "--model",
-            &name,
-        ]);
+        command.args(["--url", &format!("{url}/v1/chat/completions"), "--model", &name]);
         match run_point(&mut command, &plan, point, &interrupt) {
             Ok(rows) => results.extend(rows),
-            Err(err) => problems.push(format!(
-                "{} at parallel {}: {err:#}",
-                point.dataset, point.parallel
-            )),
+            Err(err) => problems.push(format!("{} at parallel {}: {err:#}", point.dataset, point.parallel)),
         }
         interrupt.check()?;
         if let Some(server) = &mut server
@@ -184,15 +155,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     about["problems"] = json!(problems);
     write_summary(&plan.out, &about, &results)?;
 
-    let n_failed: u64 = results
-        .iter()
-        .map(|it| it["failed"].as_u64().unwrap_or(0))
-        .sum();
+    let n_failed: u64 = results.iter().map(|it| it["failed"].as_u64().unwrap_or(0)).sum();
     if n_failed > 0 {
-        problems.push(format!(
-            "{n_failed} requests failed (their messages are in {}/summary.json)",
-            plan.out.display()
-        ));
+        problems
+            .push(format!("{n_failed} requests failed (their messages are in {}/summary.json)", plan.out.display()));
     }
     if !problems.is_empty() {
         bail!("{}", problems.join("\n"));
@@ -209,15 +175,13 @@ fn build(args: &BenchArgs, interrupt: &Interrupt) -> Result<PathBuf> {
     build_release(&packages, args.gpu.is_some(), interrupt)
 }
 
-/// Builds packages in release mode; returns the folder of the binaries.
+/// Builds packages in release mode; returns the folder of the binaries. CUDA builds have a target folder of their
+/// own, so that going back and forth between the two rebuilds nothing.
 pub fn build_release(packages: &[&str], cuda: bool, interrupt: &Interrupt) -> Result<PathBuf> {
     println!("building {} …", packages.join(" and "));
+    let target_dir = if cuda { target_dir().join("cuda") } else { target_dir() };
     let mut command = Command::new(crate::cargo());
-    command
-        .current_dir(project_root())
-        .args(["build", "--release"])
-        .arg("--target-dir")
-        .arg(target_dir());
+    command.current_dir(project_root()).args(["build", "--release"]).arg("--target-dir").arg(&target_dir);
     for package in packages {
         command.args(["-p", package]);
     }
@@ -225,7 +189,7 @@ pub fn build_release(packages: &[&str], cuda: bool, interrupt: &Interrupt) -> Re
         command.args(["--features", "ember-server/cuda"]);
     }
     child::run_ok(&mut command, interrupt, "the build")?;
-    Ok(target_dir().join("release"))
+    Ok(target_dir.join("release"))
 }
 
 /// The model's path and the name it is served under.
@@ -233,15 +197,8 @@ fn resolve_model(model: &str) -> Result<(PathBuf, String)> {
     let path = PathBuf::from(model);
     if path.exists() {
         let path = path.canonicalize()?;
-        let stem = if path.is_dir() {
-            path.file_name()
-        } else {
-            path.file_stem()
-        };
-        return Ok((
-            path.clone(),
-            stem.unwrap_or_default().to_string_lossy().into_owned(),
-        ));
+        let stem = if path.is_dir() { path.file_name() } else { path.file_stem() };
+        return Ok((path.clone(), stem.unwrap_or_default().to_string_lossy().into_owned()));
     }
     if model.contains('/') || model.ends_with(".gguf") {
         bail!("--model {model}: no such file or folder");
@@ -256,14 +213,9 @@ fn start_server(
     (out, interrupt): (&Path, &Interrupt),
 ) -> Result<Server> {
     let mut command = Command::new(ember);
-    command
-        .arg("serve")
-        .arg(model)
-        .args(["--served-model-name", name]);
+    command.arg("serve").arg(model).args(["--served-model-name", name]);
     match gpu {
-        Some(idx) => command
-            .env("CUDA_VISIBLE_DEVICES", idx.to_string())
-            .args(["--device", "cuda"]),
+        Some(idx) => command.env("CUDA_VISIBLE_DEVICES", idx.to_string()).args(["--device", "cuda"]),
         None => command.args(["--device", "cpu"]),
     };
     Server::start(command, &out.join("server.log"), READY_LIMIT, interrupt)
@@ -272,12 +224,7 @@ fn start_server(
 fn perf_command(bin_dir: &Path, plan: &Plan, point: &Point) -> Command {
     let mut command = Command::new(bin_dir.join("ember-bench"));
     command.args(["perf", "--dataset", &point.dataset, "--stream"]);
-    command.args([
-        "--parallel",
-        &point.parallel.to_string(),
-        "--number",
-        &point.number.to_string(),
-    ]);
+    command.args(["--parallel", &point.parallel.to_string(), "--number", &point.number.to_string()]);
     command.args(["--max-tokens", &plan.max_tokens.to_string()]);
     command.args(["--max-prompt-length", &plan.max_prompt_length.to_string()]);
     // Failed requests are counted from the results, so that one of them does not hide the others' figures.
@@ -288,24 +235,17 @@ fn perf_command(bin_dir: &Path, plan: &Plan, point: &Point) -> Command {
 }
 
 fn point_json(plan: &Plan, point: &Point) -> PathBuf {
-    plan.out
-        .join(format!("{}-p{}.json", point.dataset, point.parallel))
+    plan.out.join(format!("{}-p{}.json", point.dataset, point.parallel))
 }
 
-fn run_point(
-    command: &mut Command,
-    plan: &Plan,
-    point: &Point,
-    interrupt: &Interrupt,
-) -> Result<Vec<Value>> {
+fn run_point(command: &mut Command, plan: &Plan, point: &Point, interrupt: &Interrupt) -> Result<Vec<Value>> {
     child::run_ok(command, interrupt, "ember-bench perf")?;
     read_results(&point_json(plan, point))
 }
 
 /// The array of results that `ember-bench perf --json` wrote.
 pub fn read_results(path: &Path) -> Result<Vec<Value>> {
-    let text = fs::read_to_string(path)
-        .with_context(|| format!("ember-bench wrote no {}", path.display()))?;
+    let text = fs::read_to_string(path).with_context(|| format!("ember-bench wrote no {}", path.display()))?;
     match serde_json::from_str(&text).with_context(|| path.display().to_string())? {
         Value::Array(rows) if !rows.is_empty() => Ok(rows),
         _ => bail!("{} is not an array of results", path.display()),
@@ -315,16 +255,9 @@ pub fn read_results(path: &Path) -> Result<Vec<Value>> {
 fn write_summary(out: &Path, about: &Value, results: &[Value]) -> Result<()> {
     let text = summary_table(results);
     let summary = json!({ "about": about, "results": results });
-    fs::write(
-        out.join("summary.json"),
-        serde_json::to_string_pretty(&summary)? + "\n",
-    )?;
+    fs::write(out.join("summary.json"), serde_json::to_string_pretty(&summary)? + "\n")?;
     let is_synthetic = results.iter().any(|it| it["synthetic"] == json!(true));
-    let note = if is_synthetic {
-        "\nPrompts are synthetic, with the dataset's length statistics.\n"
-    } else {
-        ""
-    };
+    let note = if is_synthetic { "\nPrompts are synthetic, with the dataset's length statistics.\n" } else { "" };
     fs::write(out.join("summary.md"), format!("{text}{note}"))?;
     println!("\n{text}{note}\nresults: {}", out.display());
     Ok(())
@@ -348,10 +281,7 @@ fn summary_table(results: &[Value]) -> String {
         "latency p50",
     ];
     let row = |it: &Value| {
-        let number = |pointer: &str, scale: f64, n_digits: usize| match it
-            .pointer(pointer)
-            .and_then(Value::as_f64)
-        {
+        let number = |pointer: &str, scale: f64, n_digits: usize| match it.pointer(pointer).and_then(Value::as_f64) {
             Some(value) => format!("{:.n_digits$}", value * scale),
             None => "-".to_owned(),
         };
@@ -376,10 +306,7 @@ fn summary_table(results: &[Value]) -> String {
 
 /// `20261124-121503`, in UTC.
 fn timestamp() -> Result<String> {
-    let output = Command::new("date")
-        .args(["-u", "+%Y%m%d-%H%M%S"])
-        .output()
-        .context("cannot run date")?;
+    let output = Command::new("date").args(["-u", "+%Y%m%d-%H%M%S"]).output().context("cannot run date")?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
@@ -403,20 +330,8 @@ mod tests {
     #[test]
     fn cpu_defaults_are_small_and_cover_the_parallelism() {
         let plan = plan("--parallel 1,128");
-        let numbers: Vec<_> = plan
-            .points
-            .iter()
-            .map(|it| (it.dataset.as_str(), it.parallel, it.number))
-            .collect();
-        assert_eq!(
-            numbers,
-            [
-                ("openqa", 1, 8),
-                ("openqa", 128, 128),
-                ("longalpaca", 1, 8),
-                ("longalpaca", 128, 128)
-            ]
-        );
+        let numbers: Vec<_> = plan.points.iter().map(|it| (it.dataset.as_str(), it.parallel, it.number)).collect();
+        assert_eq!(numbers, [("openqa", 1, 8), ("openqa", 128, 128), ("longalpaca", 1, 8), ("longalpaca", 128, 128)]);
         assert_eq!((plan.max_tokens, plan.max_prompt_length), (64, 8000));
     }
 
@@ -424,13 +339,8 @@ mod tests {
     fn gpu_and_url_have_larger_defaults_and_flags_win() {
         let gpu = plan("--gpu 0 --parallel 128 --dataset openqa");
         assert_eq!((gpu.points[0].number, gpu.max_tokens), (640, 512));
-        let url = plan(
-            "--framework url=http://127.0.0.1:9 --number 3 --max-tokens 7 --max-prompt-length 9",
-        );
-        assert_eq!(
-            (url.points[0].number, url.max_tokens, url.max_prompt_length),
-            (3, 7, 9)
-        );
+        let url = plan("--framework url=http://127.0.0.1:9 --number 3 --max-tokens 7 --max-prompt-length 9");
+        assert_eq!((url.points[0].number, url.max_tokens, url.max_prompt_length), (3, 7, 9));
     }
 
     #[test]
@@ -456,17 +366,8 @@ mod tests {
             "output_tok_s": 101.25, "percentiles": { "ttft": { "p50": 0.25, "p99": null } },
         });
         let text = summary_table(&[result]);
-        let cells: Vec<_> = text
-            .lines()
-            .nth(2)
-            .unwrap()
-            .split('|')
-            .map(str::trim)
-            .collect();
-        assert_eq!(
-            cells[1..10],
-            ["openqa", "8", "8", "0", "-", "64", "101.2", "-", "250"]
-        );
+        let cells: Vec<_> = text.lines().nth(2).unwrap().split('|').map(str::trim).collect();
+        assert_eq!(cells[1..10], ["openqa", "8", "8", "0", "-", "64", "101.2", "-", "250"]);
         assert_eq!(cells[10], "-");
     }
 }

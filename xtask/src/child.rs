@@ -19,7 +19,8 @@ const POLL: Duration = Duration::from_millis(25);
 const GRACE: Duration = Duration::from_secs(15);
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Set once this process is asked to stop; a second signal ends it at once.
+/// Set once this process is asked to stop. Further signals change nothing: one request to stop often comes twice
+/// (from a terminal or `timeout`, to the process and to its group), and children must not outlive this process.
 #[derive(Clone)]
 pub struct Interrupt(Arc<AtomicBool>);
 
@@ -27,8 +28,6 @@ impl Interrupt {
     pub fn install() -> Result<Interrupt> {
         let flag = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            // The order matters: the first signal must find the flag unset, so that only the second one exits.
-            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
             signal_hook::flag::register(signal, Arc::clone(&flag))?;
         }
         Ok(Interrupt(flag))
@@ -50,9 +49,7 @@ impl Guarded {
         let program = command.get_program().to_string_lossy().into_owned();
         // A group of its own: a terminal's Ctrl-C reaches only this process, which then stops its children in order.
         let child = command.process_group(0).stdin(Stdio::null()).spawn();
-        Ok(Guarded(
-            child.with_context(|| format!("cannot start {program}"))?,
-        ))
+        Ok(Guarded(child.with_context(|| format!("cannot start {program}"))?))
     }
 
     /// SIGTERM to the child's whole group, then SIGKILL after a grace.
@@ -77,10 +74,7 @@ impl Guarded {
     fn signal(&self, name: &str) {
         // The shell's own `kill`: minimal machines lack the program.
         let script = format!("kill -s {name} -- -{}", self.0.id());
-        let _ = Command::new("sh")
-            .args(["-c", &script])
-            .stderr(Stdio::null())
-            .status();
+        let _ = Command::new("sh").args(["-c", &script]).stderr(Stdio::null()).status();
     }
 }
 
@@ -124,24 +118,14 @@ pub struct Server {
 impl Server {
     /// Starts `command` with `--host 127.0.0.1 --port FREE` added and its output in `log`; returns once GET /health
     /// answers 200.
-    pub fn start(
-        mut command: Command,
-        log: &Path,
-        limit: Duration,
-        interrupt: &Interrupt,
-    ) -> Result<Server> {
+    pub fn start(mut command: Command, log: &Path, limit: Duration, interrupt: &Interrupt) -> Result<Server> {
         let port = free_port()?;
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
         command.stdout(file.try_clone()?).stderr(file);
         let start = Instant::now();
         let child = Guarded::spawn(&mut command)?;
-        let mut server = Server {
-            child,
-            port,
-            log: log.to_path_buf(),
-            ready: Duration::ZERO,
-        };
+        let mut server = Server { child, port, log: log.to_path_buf(), ready: Duration::ZERO };
         loop {
             interrupt.check()?;
             server.check_alive()?;
@@ -150,11 +134,7 @@ impl Server {
                 return Ok(server);
             }
             if start.elapsed() > limit {
-                bail!(
-                    "the server was not ready after {} s; its log ends:\n{}",
-                    limit.as_secs(),
-                    tail(log)
-                );
+                bail!("the server was not ready after {} s; its log ends:\n{}", limit.as_secs(), tail(log));
             }
             sleep(POLL);
         }
@@ -163,11 +143,7 @@ impl Server {
     /// An error with the end of the log when the server has ended by itself.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(status) = self.child.0.try_wait()? {
-            bail!(
-                "the server ended by itself ({status}); its log {} ends:\n{}",
-                self.log.display(),
-                tail(&self.log)
-            );
+            bail!("the server ended by itself ({status}); its log {} ends:\n{}", self.log.display(), tail(&self.log));
         }
         Ok(())
     }
@@ -176,24 +152,14 @@ impl Server {
     pub fn peak_memory_mib(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.0.id())).ok()?;
         let line = status.lines().find_map(|it| it.strip_prefix("VmHWM:"))?;
-        Some(
-            line.trim()
-                .strip_suffix(" kB")?
-                .trim()
-                .parse::<u64>()
-                .ok()?
-                / 1024,
-        )
+        Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? / 1024)
     }
 
     /// Asks the server to drain and end; an error when it had to be killed or ended badly.
     pub fn stop(mut self) -> Result<()> {
         let status = self.child.stop()?;
         if !status.success() {
-            bail!(
-                "the server did not end cleanly ({status}); its log ends:\n{}",
-                tail(&self.log)
-            );
+            bail!("the server did not end cleanly ({status}); its log ends:\n{}", tail(&self.log));
         }
         Ok(())
     }
@@ -201,37 +167,25 @@ impl Server {
 
 /// A port that was free a moment ago.
 fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")
-        .context("no free port")?
-        .local_addr()?
-        .port())
+    Ok(TcpListener::bind("127.0.0.1:0").context("no free port")?.local_addr()?.port())
 }
 
 /// Status and body of a GET on this machine. HTTP/1.0, so that the body simply ends with the connection.
 pub fn http_get(port: u16, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), HTTP_TIMEOUT)?;
     stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
-    stream
-        .write_all(format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n").as_bytes())?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n").as_bytes())?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer
-        .split_once("\r\n\r\n")
-        .context("the answer is not HTTP")?;
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|it| it.parse().ok())
-        .context("the answer has no status")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
+    let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).context("the answer has no status")?;
     Ok((status, body.to_owned()))
 }
 
 /// The last lines of a log file.
 fn tail(path: &Path) -> String {
-    let text = fs::read(path)
-        .map(|it| String::from_utf8_lossy(&it).into_owned())
-        .unwrap_or_default();
+    let text = fs::read(path).map(|it| String::from_utf8_lossy(&it).into_owned()).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
@@ -274,13 +228,9 @@ http.server.HTTPServer(('127.0.0.1', port), H).serve_forever()
     #[test]
     fn a_server_is_waited_for_and_stopped() {
         let (_dir, log) = temp_log();
-        let mut server =
-            Server::start(fake_server(), &log, Duration::from_secs(30), &idle()).unwrap();
+        let mut server = Server::start(fake_server(), &log, Duration::from_secs(30), &idle()).unwrap();
         server.check_alive().unwrap();
-        assert_eq!(
-            http_get(server.port, "/v1/models").unwrap(),
-            (200, "body of /v1/models".to_owned())
-        );
+        assert_eq!(http_get(server.port, "/v1/models").unwrap(), (200, "body of /v1/models".to_owned()));
         let port = server.port;
         server.stop().unwrap();
         assert!(http_get(port, "/health").is_err());
@@ -295,10 +245,7 @@ http.server.HTTPServer(('127.0.0.1', port), H).serve_forever()
             panic!("the server cannot have started");
         };
         let text = err.to_string();
-        assert!(
-            text.contains("no such model") && text.contains('3'),
-            "{text}"
-        );
+        assert!(text.contains("no such model") && text.contains('3'), "{text}");
     }
 
     #[test]

@@ -36,37 +36,12 @@ enum Check {
 }
 
 const STEPS: &[Step] = &[
-    Step {
-        name: "format",
-        check: Check::Cargo(&["fmt", "--all", "--check"]),
-    },
-    Step {
-        name: "tidy",
-        check: Check::Own(|| tidy::check(project_root())),
-    },
-    Step {
-        name: "guards",
-        check: Check::Own(check_guards),
-    },
-    Step {
-        name: "kernels",
-        check: Check::Own(kernels::check_all),
-    },
-    Step {
-        name: "clippy",
-        check: Check::Cargo(&[
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ]),
-    },
-    Step {
-        name: "doc",
-        check: Check::Doc(&["doc", "--no-deps", "-p", "ember-engine"]),
-    },
+    Step { name: "format", check: Check::Cargo(&["fmt", "--all", "--check"]) },
+    Step { name: "tidy", check: Check::Own(|| tidy::check(project_root())) },
+    Step { name: "guards", check: Check::Own(check_guards) },
+    Step { name: "kernels", check: Check::Own(kernels::check_all) },
+    Step { name: "clippy", check: Check::Cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]) },
+    Step { name: "doc", check: Check::Doc(&["doc", "--no-deps", "-p", "ember-engine"]) },
     // Needs no CUDA installation: the driver and libraries are loaded at run time.
     Step {
         name: "cuda",
@@ -84,10 +59,7 @@ const STEPS: &[Step] = &[
             "warnings",
         ]),
     },
-    Step {
-        name: "test",
-        check: Check::Cargo(&["test", "--workspace"]),
-    },
+    Step { name: "test", check: Check::Cargo(&["test", "--workspace"]) },
 ];
 
 fn step_names() -> Vec<&'static str> {
@@ -151,19 +123,11 @@ struct Guard {
 }
 
 const fn absent(package: &'static str, dependency: &'static str) -> Guard {
-    Guard {
-        package,
-        dependency,
-        is_present: false,
-    }
+    Guard { package, dependency, is_present: false }
 }
 
 const fn present(package: &'static str, dependency: &'static str) -> Guard {
-    Guard {
-        package,
-        dependency,
-        is_present: true,
-    }
+    Guard { package, dependency, is_present: true }
 }
 
 const GUARDS: &[Guard] = &[
@@ -188,20 +152,10 @@ const GUARDS: &[Guard] = &[
 fn check_guards() -> Result<()> {
     let mut broken = Vec::new();
     for guard in GUARDS {
-        let Guard {
-            package,
-            dependency,
-            is_present,
-        } = guard;
+        let Guard { package, dependency, is_present } = guard;
         if links(package, dependency)? != *is_present {
-            let verb = if *is_present {
-                "must link (control)"
-            } else {
-                "must not link"
-            };
-            broken.push(format!(
-                "{package} {verb} {dependency}: see `cargo tree -p {package} -i {dependency}`"
-            ));
+            let verb = if *is_present { "must link (control)" } else { "must not link" };
+            broken.push(format!("{package} {verb} {dependency}: see `cargo tree -p {package} -i {dependency}`"));
         }
     }
     if !broken.is_empty() {
@@ -215,16 +169,7 @@ fn check_guards() -> Result<()> {
 fn links(package: &str, dependency: &str) -> Result<bool> {
     let output = Command::new(cargo())
         .current_dir(project_root())
-        .args([
-            "tree",
-            "--all-features",
-            "-e",
-            "normal",
-            "-p",
-            package,
-            "-i",
-            dependency,
-        ])
+        .args(["tree", "--all-features", "-e", "normal", "-p", package, "-i", dependency])
         .output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
@@ -248,22 +193,13 @@ mod tests {
 
     #[test]
     fn step_names_are_unique() {
-        assert_eq!(
-            step_names().into_iter().collect::<BTreeSet<_>>().len(),
-            STEPS.len()
-        );
+        assert_eq!(step_names().into_iter().collect::<BTreeSet<_>>().len(), STEPS.len());
     }
 
     #[test]
     fn each_guarded_package_has_a_control() {
         for guard in GUARDS {
-            assert!(
-                GUARDS
-                    .iter()
-                    .any(|it| it.package == guard.package && it.is_present),
-                "{}",
-                guard.package
-            );
+            assert!(GUARDS.iter().any(|it| it.package == guard.package && it.is_present), "{}", guard.package);
         }
     }
 }

@@ -13,16 +13,8 @@ pub struct DummyModel {
     config: fn() -> Value,
 }
 
-pub const LLAMA_3_1_8B: DummyModel = DummyModel {
-    name: "llama-3.1-8b",
-    vocab_size: 128_256,
-    config: llama_config,
-};
-pub const QWEN2_0_5B: DummyModel = DummyModel {
-    name: "qwen2-0.5b",
-    vocab_size: 151_936,
-    config: qwen2_config,
-};
+pub const LLAMA_3_1_8B: DummyModel = DummyModel { name: "llama-3.1-8b", vocab_size: 128_256, config: llama_config };
+pub const QWEN2_0_5B: DummyModel = DummyModel { name: "qwen2-0.5b", vocab_size: 151_936, config: qwen2_config };
 
 fn llama_config() -> Value {
     json!({
@@ -54,19 +46,14 @@ impl DummyModel {
         let dir = parent.join(self.name);
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         fs::write(dir.join("config.json"), (self.config)().to_string())?;
-        fs::write(
-            dir.join("tokenizer.json"),
-            tokenizer(self.vocab_size).to_string(),
-        )?;
-        fs::write(
-            dir.join("tokenizer_config.json"),
-            json!({ "chat_template": CHAT_TEMPLATE }).to_string(),
-        )?;
+        fs::write(dir.join("tokenizer.json"), tokenizer(self.vocab_size).to_string())?;
+        fs::write(dir.join("tokenizer_config.json"), json!({ "chat_template": CHAT_TEMPLATE }).to_string())?;
         Ok(dir)
     }
 }
 
-const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:";
+const CHAT_TEMPLATE: &str =
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:";
 
 /// A byte-level BPE without merges: text becomes one token a byte, and each id, also those past the bytes, decodes to
 /// some text, so that streamed answers have pieces to time.
@@ -100,10 +87,7 @@ fn byte_level_alphabet() -> Vec<char> {
     let is_printable = |it: &u32| matches!(it, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let printable = (0..256).filter(is_printable);
     let n_others = 256 - printable.clone().count() as u32;
-    printable
-        .chain(256..256 + n_others)
-        .filter_map(char::from_u32)
-        .collect()
+    printable.chain(256..256 + n_others).filter_map(char::from_u32).collect()
 }
 
 #[cfg(test)]
@@ -116,12 +100,7 @@ mod tests {
             let tokenizer = tokenizer(model.vocab_size);
             let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
             assert_eq!(vocab.len(), model.vocab_size as usize, "{}", model.name);
-            assert_eq!(
-                (model.config)()["vocab_size"],
-                model.vocab_size,
-                "{}",
-                model.name
-            );
+            assert_eq!((model.config)()["vocab_size"], model.vocab_size, "{}", model.name);
         }
         assert_eq!(byte_level_alphabet().len(), 256);
     }

@@ -30,22 +30,13 @@ pub struct GpuCheckArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     gpu: u32,
     /// Only these parts.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "doctor,kernels,sanitizer,speed"
-    )]
+    #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,sanitizer,speed")]
     only: Vec<Part>,
     /// Of the speed loads, only those whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     load: String,
     /// More flags for `ember serve`, split at spaces.
-    #[arg(
-        long,
-        value_name = "FLAGS",
-        default_value = "",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "FLAGS", default_value = "", allow_hyphen_values = true)]
     serve_flags: String,
 }
 
@@ -89,21 +80,11 @@ enum Limit {
 }
 
 const fn output_tok_s(limit: f64) -> Bar {
-    Bar {
-        figure: "output tok/s",
-        pointer: "/output_tok_s",
-        scale: 1.0,
-        limit: Limit::AtLeast(limit),
-    }
+    Bar { figure: "output tok/s", pointer: "/output_tok_s", scale: 1.0, limit: Limit::AtLeast(limit) }
 }
 
 const fn at_most_ms(figure: &'static str, pointer: &'static str, limit: f64) -> Bar {
-    Bar {
-        figure,
-        pointer,
-        scale: 1e3,
-        limit: Limit::AtMost(limit),
-    }
+    Bar { figure, pointer, scale: 1e3, limit: Limit::AtMost(limit) }
 }
 
 const TTFT_P50: &str = "/percentiles/ttft/p50";
@@ -163,10 +144,7 @@ const LOADS: &[Load] = &[
         parallel: 1,
         number: 4,
         is_streamed: true,
-        bars: &[
-            output_tok_s(150.0),
-            at_most_ms("TTFT p50 ms", TTFT_P50, 260.0),
-        ],
+        bars: &[output_tok_s(150.0), at_most_ms("TTFT p50 ms", TTFT_P50, 260.0)],
     },
     Load {
         name: "longalpaca p16",
@@ -227,15 +205,7 @@ impl Outcome {
         if let Err(err) = &res {
             eprintln!("{check}: {err:#}");
         }
-        self.add_row(
-            [
-                check,
-                "passes",
-                if res.is_ok() { "yes" } else { "no" },
-                "yes",
-            ],
-            res.is_ok(),
-        );
+        self.add_row([check, "passes", if res.is_ok() { "yes" } else { "no" }, "yes"], res.is_ok());
     }
 
     fn add_row(&mut self, cells: [&str; 4], is_met: bool) {
@@ -248,13 +218,8 @@ impl Outcome {
 
 pub fn run(args: &GpuCheckArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
-    fs::create_dir_all(&args.out)
-        .with_context(|| format!("cannot create {}", args.out.display()))?;
-    let check = Check {
-        args,
-        interrupt,
-        results: Default::default(),
-    };
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot create {}", args.out.display()))?;
+    let check = Check { args, interrupt, results: Default::default() };
     let mut outcome = Outcome::default();
     if args.only.contains(&Part::Doctor) {
         outcome.add_verdict("doctor", check.ember(&["doctor", "--device", "cuda:0"]));
@@ -270,28 +235,14 @@ pub fn run(args: &GpuCheckArgs) -> Result<()> {
     if args.only.contains(&Part::Speed) {
         check.speed(&mut outcome)?;
     }
-    let text = table::markdown(
-        &["check", "figure", "measured", "bar", "result"],
-        &outcome.rows,
-    );
+    let text = table::markdown(&["check", "figure", "measured", "bar", "result"], &outcome.rows);
     fs::write(args.out.join("gpu-check.md"), &text)?;
-    let results: Vec<_> = check
-        .results
-        .into_inner()
-        .into_iter()
-        .map(|(load, it)| json!({ "load": load, "result": it }))
-        .collect();
-    fs::write(
-        args.out.join("gpu-check.json"),
-        serde_json::to_string_pretty(&results)? + "\n",
-    )?;
+    let results: Vec<_> =
+        check.results.into_inner().into_iter().map(|(load, it)| json!({ "load": load, "result": it })).collect();
+    fs::write(args.out.join("gpu-check.json"), serde_json::to_string_pretty(&results)? + "\n")?;
     println!("\n{text}");
     if outcome.n_missed > 0 {
-        bail!(
-            "{} of {} figures missed their bar",
-            outcome.n_missed,
-            outcome.rows.len()
-        );
+        bail!("{} of {} figures missed their bar", outcome.n_missed, outcome.rows.len());
     }
     Ok(())
 }
@@ -313,41 +264,21 @@ impl Check<'_> {
     fn ember(&self, args: &[&str]) -> Result<()> {
         println!("\n== ember {}", args.join(" "));
         let mut command = self.command(&self.args.bin_dir.join("ember"));
-        child::run_ok(
-            command.args(args),
-            &self.interrupt,
-            &format!("ember {}", args[0]),
-        )
+        child::run_ok(command.args(args), &self.interrupt, &format!("ember {}", args[0]))
     }
 
     fn sanitize(&self, tool: &str) -> Result<()> {
         println!("\n== compute-sanitizer {tool}");
         let sanitizer = find_sanitizer()?;
         let mut command = self.command(&sanitizer);
-        command.args([
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            "--print-limit",
-            "20",
-        ]);
-        command
-            .arg(self.args.bin_dir.join("ember"))
-            .arg("cuda-test");
-        child::run_ok(
-            &mut command,
-            &self.interrupt,
-            "the kernel tests under compute-sanitizer",
-        )
+        command.args(["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]);
+        command.arg(self.args.bin_dir.join("ember")).arg("cuda-test");
+        child::run_ok(&mut command, &self.interrupt, "the kernel tests under compute-sanitizer")
     }
 
     /// Starts one server per model, and runs its loads.
     fn speed(&self, outcome: &mut Outcome) -> Result<()> {
-        let chosen: Vec<_> = LOADS
-            .iter()
-            .filter(|it| it.name.contains(&self.args.load))
-            .collect();
+        let chosen: Vec<_> = LOADS.iter().filter(|it| it.name.contains(&self.args.load)).collect();
         for loads in chosen.chunk_by(|a, b| a.model.name == b.model.name) {
             let model = loads[0].model;
             let res = self.speed_of_model(model, loads, outcome);
@@ -359,32 +290,17 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn speed_of_model(
-        &self,
-        model: &DummyModel,
-        loads: &[&Load],
-        outcome: &mut Outcome,
-    ) -> Result<()> {
+    fn speed_of_model(&self, model: &DummyModel, loads: &[&Load], outcome: &mut Outcome) -> Result<()> {
         let dir = model.write(&self.args.out.join("models"))?;
         if model.name == LLAMA_3_1_8B.name {
             // The first start may find no compiled kernels, the second finds those of the first.
             let server = self.start_server(model, &dir)?;
-            outcome.add(
-                "first start",
-                "ready s",
-                Some(server.ready.as_secs_f64()),
-                READY_COLD_S,
-            );
+            outcome.add("first start", "ready s", Some(server.ready.as_secs_f64()), READY_COLD_S);
             server.stop()?;
         }
         let mut server = self.start_server(model, &dir)?;
         if model.name == LLAMA_3_1_8B.name {
-            outcome.add(
-                "next start",
-                "ready s",
-                Some(server.ready.as_secs_f64()),
-                READY_WARM_S,
-            );
+            outcome.add("next start", "ready s", Some(server.ready.as_secs_f64()), READY_WARM_S);
             outcome.add("memory", "KV tokens", kv_tokens(server.port), KV_TOKENS);
         }
         for load in loads {
@@ -394,10 +310,7 @@ impl Check<'_> {
             match res {
                 Ok(result) => {
                     for bar in load.bars {
-                        let measured = result
-                            .pointer(bar.pointer)
-                            .and_then(Value::as_f64)
-                            .map(|it| it * bar.scale);
+                        let measured = result.pointer(bar.pointer).and_then(Value::as_f64).map(|it| it * bar.scale);
                         outcome.add(load.name, bar.figure, measured, bar.limit);
                     }
                     self.results.borrow_mut().insert(load.name, result);
@@ -411,60 +324,24 @@ impl Check<'_> {
 
     fn start_server(&self, model: &DummyModel, dir: &Path) -> Result<Server> {
         let mut command = self.command(&self.args.bin_dir.join("ember"));
-        command
-            .arg("serve")
-            .arg(dir)
-            .args(["--served-model-name", model.name, "--device", "cuda"]);
-        command.args([
-            "--load-format",
-            "dummy",
-            "--dtype",
-            "bfloat16",
-            "--no-enable-prefix-caching",
-        ]);
+        command.arg("serve").arg(dir).args(["--served-model-name", model.name, "--device", "cuda"]);
+        command.args(["--load-format", "dummy", "--dtype", "bfloat16", "--no-enable-prefix-caching"]);
         command.args(self.args.serve_flags.split_whitespace());
         let log = self.args.out.join(format!("server-{}.log", model.name));
         Server::start(command, &log, READY_LIMIT, &self.interrupt)
     }
 
     fn run_load(&self, load: &Load, port: u16) -> Result<Value> {
-        let json_path = self
-            .args
-            .out
-            .join(format!("{}.json", load.name.replace(' ', "-")));
+        let json_path = self.args.out.join(format!("{}.json", load.name.replace(' ', "-")));
         let mut command = Command::new(self.args.bin_dir.join("ember-bench"));
-        command.args([
-            "perf",
-            "--url",
-            &format!("http://127.0.0.1:{port}"),
-            "--model",
-            load.model.name,
-        ]);
-        command.args([
-            "--dataset",
-            "random",
-            "--random-vocab-size",
-            &load.model.vocab_size.to_string(),
-        ]);
+        command.args(["perf", "--url", &format!("http://127.0.0.1:{port}"), "--model", load.model.name]);
+        command.args(["--dataset", "random", "--random-vocab-size", &load.model.vocab_size.to_string()]);
         command.args(["--length-distribution", load.distribution, "--ignore-eos"]);
-        command.args([
-            "--parallel",
-            &load.parallel.to_string(),
-            "--number",
-            &load.number.to_string(),
-        ]);
-        command.arg(if load.is_streamed {
-            "--stream"
-        } else {
-            "--no-stream"
-        });
+        command.args(["--parallel", &load.parallel.to_string(), "--number", &load.number.to_string()]);
+        command.arg(if load.is_streamed { "--stream" } else { "--no-stream" });
         // Kernels' and graphs' first uses are not the load's.
         command.args(["--warmup", &load.parallel.to_string()]);
-        command
-            .arg("--db")
-            .arg(self.args.out.join("bench.db"))
-            .arg("--json")
-            .arg(&json_path);
+        command.arg("--db").arg(self.args.out.join("bench.db")).arg("--json").arg(&json_path);
         child::run_ok(&mut command, &self.interrupt, "ember-bench perf")?;
         let result = read_results(&json_path)?.swap_remove(0);
         if result["failed"].as_u64() != Some(0) {
@@ -477,9 +354,7 @@ impl Check<'_> {
 /// The KV cache's size in tokens, from the labels of the server's `cache_config_info` metric.
 fn kv_tokens(port: u16) -> Option<f64> {
     let (_, metrics) = http_get(port, "/metrics").ok()?;
-    let line = metrics
-        .lines()
-        .find(|it| it.starts_with("vllm:cache_config_info{"))?;
+    let line = metrics.lines().find(|it| it.starts_with("vllm:cache_config_info{"))?;
     let label = |name: &str| {
         let (_, rest) = line.split_once(&format!("{name}=\""))?;
         rest.split('"').next()?.parse::<f64>().ok()
@@ -488,18 +363,13 @@ fn kv_tokens(port: u16) -> Option<f64> {
 }
 
 fn find_sanitizer() -> Result<PathBuf> {
-    let cuda = std::env::var_os("CUDA_PATH")
-        .map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
-    let places = [
-        cuda.join("bin/compute-sanitizer"),
-        cuda.join("compute-sanitizer/compute-sanitizer"),
-    ];
+    let cuda = std::env::var_os("CUDA_PATH").map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
+    let places = [cuda.join("bin/compute-sanitizer"), cuda.join("compute-sanitizer/compute-sanitizer")];
     match places.iter().find(|it| it.is_file()) {
         Some(path) => Ok(path.clone()),
-        None => bail!(
-            "no compute-sanitizer under {} (set CUDA_PATH, or leave out the part `sanitizer`)",
-            cuda.display()
-        ),
+        None => {
+            bail!("no compute-sanitizer under {} (set CUDA_PATH, or leave out the part `sanitizer`)", cuda.display())
+        }
     }
 }
 
@@ -513,16 +383,9 @@ mod tests {
     fn loads_have_unique_names_and_bars_and_are_grouped_by_model() {
         let names: BTreeSet<_> = LOADS.iter().map(|it| it.name).collect();
         assert_eq!(names.len(), LOADS.len());
-        assert!(
-            LOADS
-                .iter()
-                .all(|it| !it.bars.is_empty() && it.number >= it.parallel)
-        );
+        assert!(LOADS.iter().all(|it| !it.bars.is_empty() && it.number >= it.parallel));
         let models: BTreeSet<_> = LOADS.iter().map(|it| it.model.name).collect();
-        assert_eq!(
-            LOADS.chunk_by(|a, b| a.model.name == b.model.name).count(),
-            models.len()
-        );
+        assert_eq!(LOADS.chunk_by(|a, b| a.model.name == b.model.name).count(), models.len());
     }
 
     #[test]

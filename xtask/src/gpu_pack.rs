@@ -45,34 +45,20 @@ exec "$bin/xtask" gpu-check --bin-dir "$bin" "$@"
 pub fn run(args: &GpuPackArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let bin_dir = build_release(&["ember-server", "ember-bench", "xtask"], true, &interrupt)?;
-    let out = args
-        .out
-        .clone()
-        .unwrap_or_else(|| project_root().join(".gpu"));
+    let out = args.out.clone().unwrap_or_else(|| project_root().join(".gpu"));
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     for name in BINARIES {
         // The release profile strips already.
         let packed = out.join(format!("{name}.gz"));
-        let file = fs::File::create(&packed)
-            .with_context(|| format!("cannot create {}", packed.display()))?;
+        let file = fs::File::create(&packed).with_context(|| format!("cannot create {}", packed.display()))?;
         let mut gzip = Command::new("gzip");
-        gzip.args(["-9", "-n", "-c"])
-            .arg(bin_dir.join(name))
-            .stdout(file);
+        gzip.args(["-9", "-n", "-c"]).arg(bin_dir.join(name)).stdout(file);
         child::run_ok(&mut gzip, &interrupt, "gzip")?;
-        println!(
-            "{:>9} KiB  {}",
-            packed.metadata()?.len() / 1024,
-            packed.display()
-        );
+        println!("{:>9} KiB  {}", packed.metadata()?.len() / 1024, packed.display());
     }
     let script = out.join("run.sh");
     fs::write(&script, RUN_SCRIPT)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    println!(
-        "copy {} to the GPU machine and run {} there",
-        out.display(),
-        script.display()
-    );
+    println!("copy {} to the GPU machine and run {} there", out.display(), script.display());
     Ok(())
 }

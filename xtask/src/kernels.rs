@@ -77,11 +77,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
 /// All kernels for all architectures, as a check.
 pub fn check_all() -> Result<()> {
     let arch = ARCHITECTURES.iter().map(|it| it.to_string()).collect();
-    run(&KernelsArgs {
-        file: None,
-        arch,
-        out: None,
-    })
+    run(&KernelsArgs { file: None, arch, out: None })
 }
 
 /// The kernel sources in name order.
@@ -90,11 +86,7 @@ fn sources(filter: Option<&str>) -> Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))? {
         let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name.ends_with(".cu") && filter.is_none_or(|it| name.contains(it)) {
             sources.push(path);
         }
@@ -103,10 +95,7 @@ fn sources(filter: Option<&str>) -> Result<Vec<PathBuf>> {
     if let Some(filter) = filter
         && sources.is_empty()
     {
-        bail!(
-            "no .cu file in {} has {filter:?} in its name",
-            dir.display()
-        );
+        bail!("no .cu file in {} has {filter:?} in its name", dir.display());
     }
     Ok(sources)
 }
@@ -118,10 +107,7 @@ fn toolchain() -> Result<PathBuf> {
     if is_runnable(&toolchain.join("nvvm/bin/cicc")) && is_runnable(&toolchain.join("bin/nvcc")) {
         return Ok(toolchain);
     }
-    eprintln!(
-        "fetching the CUDA {CUDA_VERSION} compiler into {} …",
-        dest.display()
-    );
+    eprintln!("fetching the CUDA {CUDA_VERSION} compiler into {} …", dest.display());
     let staging = pypi::Staging::beside(&dest)?;
     let sh = Shell::new()?;
     pypi::unpack(&sh, TOOLCHAIN, &staging.dir).context("could not fetch the CUDA compiler")?;
@@ -138,8 +124,7 @@ fn toolchain() -> Result<PathBuf> {
     fs::create_dir_all(&dest)?;
     let installed = dest.join("nvidia");
     if installed.exists() {
-        fs::remove_dir_all(&installed)
-            .with_context(|| format!("cannot replace {}", installed.display()))?;
+        fs::remove_dir_all(&installed).with_context(|| format!("cannot replace {}", installed.display()))?;
     }
     fs::rename(&unpacked, &installed).context("cannot move the CUDA compiler into the cache")?;
     Ok(toolchain)
@@ -159,23 +144,15 @@ fn compile_all(toolchain: &Path, sources: &[PathBuf], args: &KernelsArgs) -> Res
     let mut jobs = Vec::new();
     for source in sources {
         let text = fs::read_to_string(source)?;
-        let (variants, spill_limit) =
-            read_directives(&text).with_context(|| source.display().to_string())?;
+        let (variants, spill_limit) = read_directives(&text).with_context(|| source.display().to_string())?;
         for variant in variants {
             for arch in &args.arch {
-                jobs.push(Job {
-                    source,
-                    variant: variant.clone(),
-                    arch,
-                    spill_limit,
-                });
+                jobs.push(Job { source, variant: variant.clone(), arch, spill_limit });
             }
         }
     }
     let next = std::sync::atomic::AtomicUsize::new(0);
-    let n_threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(jobs.len().max(1));
+    let n_threads = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
     let results = std::sync::Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
         for _ in 0..n_threads {
@@ -184,10 +161,7 @@ fn compile_all(toolchain: &Path, sources: &[PathBuf], args: &KernelsArgs) -> Res
                     let job_idx = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     let Some(job) = jobs.get(job_idx) else { return };
                     let res = job.compile(toolchain, &out);
-                    results
-                        .lock()
-                        .expect("no thread panics while it holds the lock")
-                        .insert(job_idx, res);
+                    results.lock().expect("no thread panics while it holds the lock").insert(job_idx, res);
                 }
             });
         }
@@ -214,30 +188,11 @@ fn compile_all(toolchain: &Path, sources: &[PathBuf], args: &KernelsArgs) -> Res
             Err(err) => failures.push(format!("{}:\n{err:#}", job.label())),
         }
     }
-    print!(
-        "{}",
-        table::markdown(
-            &[
-                "kernel",
-                "variant",
-                "arch",
-                "registers",
-                "spill B",
-                "stack B",
-                "shared B"
-            ],
-            &rows
-        )
-    );
+    print!("{}", table::markdown(&["kernel", "variant", "arch", "registers", "spill B", "stack B", "shared B"], &rows));
     for failure in &failures {
         eprintln!("\n{failure}");
     }
-    println!(
-        "{} sources, {} compilations, {} failed",
-        sources.len(),
-        jobs.len(),
-        failures.len()
-    );
+    println!("{} sources, {} compilations, {} failed", sources.len(), jobs.len(), failures.len());
     Ok(failures.len())
 }
 
@@ -250,11 +205,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn label(&self) -> String {
-        let file = self
-            .source
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy();
+        let file = self.source.file_name().unwrap_or_default().to_string_lossy();
         format!("{file} [{}] sm_{}", self.variant.name, self.arch)
     }
 
@@ -271,15 +222,8 @@ impl Job<'_> {
     }
 
     fn compile(&self, toolchain: &Path, out: &Path) -> Result<BTreeMap<String, Usage>> {
-        let stem = self
-            .source
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy();
-        let object = out.join(format!(
-            "{stem}.{}.sm_{}.cubin",
-            self.variant.name, self.arch
-        ));
+        let stem = self.source.file_stem().unwrap_or_default().to_string_lossy();
+        let object = out.join(format!("{stem}.{}.sm_{}.cubin", self.variant.name, self.arch));
         let output = Command::new(toolchain.join("bin/nvcc"))
             .args(["-cubin", "-std=c++17", "-Xptxas", "-v", "-lineinfo"])
             .arg("-gencode")
@@ -321,25 +265,16 @@ fn read_directives(text: &str) -> Result<(Vec<Variant>, u32)> {
             "defines" => common.extend(words),
             "variant" => {
                 let name = words.next().context("a `// variant:` line needs a name")?;
-                variants.push(Variant {
-                    name,
-                    defines: words.collect(),
-                });
+                variants.push(Variant { name, defines: words.collect() });
             }
             "spill-limit" => {
-                spill_limit = rest
-                    .trim()
-                    .parse()
-                    .with_context(|| format!("bad spill-limit {:?}", rest.trim()))?;
+                spill_limit = rest.trim().parse().with_context(|| format!("bad spill-limit {:?}", rest.trim()))?;
             }
             _ => {}
         }
     }
     if variants.is_empty() {
-        variants.push(Variant {
-            name: "-".to_owned(),
-            defines: Vec::new(),
-        });
+        variants.push(Variant { name: "-".to_owned(), defines: Vec::new() });
     }
     for variant in &mut variants {
         variant.defines.extend(common.iter().cloned());
@@ -380,10 +315,7 @@ fn number_before(line: &str, unit: &str) -> u32 {
     let Some((before, _)) = line.split_once(unit) else {
         return 0;
     };
-    let digits = before.len()
-        - before
-            .trim_end_matches(|it: char| it.is_ascii_digit())
-            .len();
+    let digits = before.len() - before.trim_end_matches(|it: char| it.is_ascii_digit()).len();
     before[before.len() - digits..].parse().unwrap_or(0)
 }
 
@@ -426,12 +358,6 @@ ptxas info    : Used 8 registers, used 0 barriers
         assert_eq!(names, ["d64", "d128"]);
         assert_eq!(variants[1].defines, ["HEAD_DIM=128", "THREADS=256"]);
         let (plain, _) = read_directives("#include <x>\n").unwrap();
-        assert_eq!(
-            plain,
-            [Variant {
-                name: "-".to_owned(),
-                defines: vec![]
-            }]
-        );
+        assert_eq!(plain, [Variant { name: "-".to_owned(), defines: vec![] }]);
     }
 }

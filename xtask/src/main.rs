@@ -61,9 +61,7 @@ fn main() -> ExitCode {
 
 /// The workspace's root folder.
 fn project_root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies in the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
 }
 
 /// The cargo that runs this program.
@@ -74,10 +72,7 @@ fn cargo() -> String {
 /// Cargo's target folder, wherever CARGO_TARGET_DIR or a configuration file has put it: the one this program is in.
 fn target_dir() -> PathBuf {
     let this = std::env::current_exe().unwrap_or_default();
-    match this
-        .ancestors()
-        .find(|it| it.join("CACHEDIR.TAG").is_file())
-    {
+    match this.ancestors().find(|it| it.join("CACHEDIR.TAG").is_file()) {
         Some(dir) => dir.to_path_buf(),
         None => project_root().join("target"),
     }
@@ -89,9 +84,7 @@ fn cache_dir() -> anyhow::Result<PathBuf> {
         Some(dir) => PathBuf::from(dir),
         None => match std::env::var_os("HOME").filter(|it| !it.is_empty()) {
             Some(home) => PathBuf::from(home).join(".cache"),
-            None => anyhow::bail!(
-                "neither XDG_CACHE_HOME nor HOME is set, so there is no cache folder to use"
-            ),
+            None => anyhow::bail!("neither XDG_CACHE_HOME nor HOME is set, so there is no cache folder to use"),
         },
     };
     Ok(base.join("ember"))

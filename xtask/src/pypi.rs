@@ -13,9 +13,7 @@ pub struct Staging {
 
 impl Staging {
     pub fn beside(dest: &Path) -> Result<Staging> {
-        let parent = dest
-            .parent()
-            .with_context(|| format!("{} has no parent folder", dest.display()))?;
+        let parent = dest.parent().with_context(|| format!("{} has no parent folder", dest.display()))?;
         let dir = parent.join(format!(".staging-{}", std::process::id()));
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         Ok(Staging { dir })
@@ -41,17 +39,12 @@ pub fn unpack(sh: &Shell, requirements: &[&str], dest: &Path) -> Result<()> {
     for entry in fs::read_dir(&wheels)? {
         let path = entry?.path();
         if path.extension().is_some_and(|it| it == "whl") {
-            cmd!(sh, "python3 -m zipfile -e {path} {dest}")
-                .quiet()
-                .run()?;
+            cmd!(sh, "python3 -m zipfile -e {path} {dest}").quiet().run()?;
             n_wheels += 1;
         }
     }
     if n_wheels != requirements.len() {
-        bail!(
-            "asked pip for {} packages, got {n_wheels} wheels",
-            requirements.len()
-        );
+        bail!("asked pip for {} packages, got {n_wheels} wheels", requirements.len());
     }
     fs::remove_dir_all(&wheels)?;
     Ok(())
@@ -60,8 +53,5 @@ pub fn unpack(sh: &Shell, requirements: &[&str], dest: &Path) -> Result<()> {
 /// The file's sha256 in lower-case hex.
 pub fn sha256(sh: &Shell, path: &Path) -> Result<String> {
     let script = "import hashlib,sys\nwith open(sys.argv[1],'rb') as f:\n h=hashlib.sha256()\n while b:=f.read(1<<20): h.update(b)\nprint(h.hexdigest())";
-    cmd!(sh, "python3 -c {script} {path}")
-        .quiet()
-        .read()
-        .with_context(|| format!("cannot hash {}", path.display()))
+    cmd!(sh, "python3 -c {script} {path}").quiet().read().with_context(|| format!("cannot hash {}", path.display()))
 }

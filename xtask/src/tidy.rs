@@ -10,15 +10,10 @@ const MAX_LINES: usize = 700;
 /// Names that say nothing of what a file owns.
 const VAGUE_NAMES: &[&str] = &["util", "utils", "helper", "helpers", "misc"];
 /// Split, so that this file does not find itself.
-const UNFINISHED: &[&str] = &[
-    concat!("todo", "!("),
-    concat!("unimplemented", "!("),
-    concat!("#[", "ignore"),
-];
+const UNFINISHED: &[&str] = &[concat!("todo", "!("), concat!("unimplemented", "!("), concat!("#[", "ignore")];
 /// A backticked word that starts with one of these names a path of the repository.
-const TOP_LEVEL: &[&str] = &[
-    "bench/", "common/", "docs/", "engine/", "server/", "xtask/", ".ci/", ".cargo/", ".github/",
-];
+const TOP_LEVEL: &[&str] =
+    &["bench/", "common/", "docs/", "engine/", "server/", "xtask/", ".ci/", ".cargo/", ".github/"];
 
 #[derive(Default)]
 struct Findings {
@@ -82,40 +77,26 @@ fn walk(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 fn check_source(path: &Path, text: &str, findings: &mut Findings) {
     let shown = path.display();
     if !text.starts_with("//!") {
-        findings.errors.push(format!(
-            "{shown}: the first line must be a `//!` line that says what the module owns"
-        ));
+        findings.errors.push(format!("{shown}: the first line must be a `//!` line that says what the module owns"));
     }
     let n_lines = text.lines().count();
     if n_lines > MAX_LINES {
-        findings.errors.push(format!(
-            "{shown}: {n_lines} lines, the limit is {MAX_LINES}: split it by noun"
-        ));
+        findings.errors.push(format!("{shown}: {n_lines} lines, the limit is {MAX_LINES}: split it by noun"));
     } else if n_lines > WARN_LINES {
-        findings
-            .warnings
-            .push(format!("{shown}: {n_lines} lines, past {WARN_LINES}"));
+        findings.warnings.push(format!("{shown}: {n_lines} lines, past {WARN_LINES}"));
     }
-    let is_vague =
-        |it: &std::ffi::OsStr| VAGUE_NAMES.contains(&it.to_string_lossy().trim_end_matches(".rs"));
+    let is_vague = |it: &std::ffi::OsStr| VAGUE_NAMES.contains(&it.to_string_lossy().trim_end_matches(".rs"));
     if path.iter().any(is_vague) {
-        findings
-            .errors
-            .push(format!("{shown}: name the module for the noun it owns"));
+        findings.errors.push(format!("{shown}: name the module for the noun it owns"));
     }
     for (line_idx, line) in text.lines().enumerate() {
         for word in UNFINISHED {
             if line.contains(word) {
-                findings.errors.push(format!(
-                    "{shown}:{}: `{word}` may not be committed",
-                    line_idx + 1
-                ));
+                findings.errors.push(format!("{shown}:{}: `{word}` may not be committed", line_idx + 1));
             }
         }
         if line.ends_with([' ', '\t']) {
-            findings
-                .errors
-                .push(format!("{shown}:{}: trailing space", line_idx + 1));
+            findings.errors.push(format!("{shown}:{}: trailing space", line_idx + 1));
         }
     }
 }
@@ -125,10 +106,7 @@ fn check_doc(root: &Path, path: &Path, text: &str, findings: &mut Findings) {
         for named in named_paths(line) {
             if !root.join(named).exists() {
                 let shown = path.display();
-                findings.errors.push(format!(
-                    "{shown}:{}: `{named}` does not exist",
-                    line_idx + 1
-                ));
+                findings.errors.push(format!("{shown}:{}: `{named}` does not exist", line_idx + 1));
             }
         }
     }
@@ -138,10 +116,7 @@ fn check_doc(root: &Path, path: &Path, text: &str, findings: &mut Findings) {
 /// `engine/src/models/NAME.rs` or `docs/*.md` name no single file and are left out.
 fn named_paths(line: &str) -> Vec<&str> {
     let in_backticks = line.split('`').skip(1).step_by(2);
-    let in_links = line
-        .split("](")
-        .skip(1)
-        .filter_map(|it| it.split([')', '#']).next());
+    let in_links = line.split("](").skip(1).filter_map(|it| it.split([')', '#']).next());
     let is_path = |it: &&str| {
         TOP_LEVEL.iter().any(|top| it.starts_with(top))
             && !it.contains(['*', '<', '{', '$', '…', ' '])
@@ -166,20 +141,11 @@ mod tests {
             check_source(Path::new(path), text, &mut findings);
             findings.errors.len()
         };
-        assert_eq!(
-            errors("engine/src/sampler.rs", "//! Owns sampling.\nfn f() {}\n"),
-            0
-        );
+        assert_eq!(errors("engine/src/sampler.rs", "//! Owns sampling.\nfn f() {}\n"), 0);
         assert_eq!(errors("engine/src/sampler.rs", "fn f() {}\n"), 1);
         assert_eq!(errors("engine/src/utils.rs", "//! Things.\n"), 1);
         assert_eq!(errors("engine/src/util/x.rs", "//! Things.\n"), 1);
-        assert_eq!(
-            errors(
-                "a.rs",
-                &format!("//! A.\n{}\n", concat!("fn f() { todo", "!() }"))
-            ),
-            1
-        );
+        assert_eq!(errors("a.rs", &format!("//! A.\n{}\n", concat!("fn f() { todo", "!() }"))), 1);
         assert_eq!(errors("a.rs", "//! A.\nfn f() {} \n"), 1);
         assert_eq!(errors("a.rs", &"//! A.\n".repeat(MAX_LINES)), 0);
         assert_eq!(errors("a.rs", &"//! A.\n".repeat(MAX_LINES + 1)), 1);
@@ -192,10 +158,7 @@ mod tests {
             ["engine/src/lib.rs", "docs/serving.md"]
         );
         assert!(
-            named_paths(
-                "`engine/src/models/NAME.rs`, `docs/*.md`, `server/{a,b}`, `x/y`, server/client"
-            )
-            .is_empty()
+            named_paths("`engine/src/models/NAME.rs`, `docs/*.md`, `server/{a,b}`, `x/y`, server/client").is_empty()
         );
     }
 }
