@@ -38,19 +38,12 @@ impl ApiError {
 
     /// A field that would change the output in a way that this server cannot.
     pub fn unsupported(param: &'static str) -> Self {
-        Self::invalid(
-            param,
-            format!("`{param}` is not supported by this server; leave it out."),
-        )
+        Self::invalid(param, format!("`{param}` is not supported by this server; leave it out."))
     }
 
     /// A body that does not have the endpoint's shape. `field` is a dotted path.
     pub fn schema(field: &str, message: impl std::fmt::Display) -> Self {
-        let param = if field.is_empty() {
-            "body".to_owned()
-        } else {
-            format!("body.{field}")
-        };
+        let param = if field.is_empty() { "body".to_owned() } else { format!("body.{field}") };
         Self {
             status: StatusCode::BAD_REQUEST,
             kind: "Bad Request",
@@ -64,10 +57,7 @@ impl ApiError {
         Self {
             status: StatusCode::NOT_FOUND,
             kind: "NotFoundError",
-            message: format!(
-                "The model `{model}` does not exist. Valid aliases: {}",
-                served.join(", ")
-            ),
+            message: format!("The model `{model}` does not exist. Valid aliases: {}", served.join(", ")),
             param: Some("model".into()),
         }
     }
@@ -75,20 +65,12 @@ impl ApiError {
     /// A failure of the HTTP layer itself; the status's phrase is both type and message.
     pub fn http(status: StatusCode) -> Self {
         let phrase = status.canonical_reason().unwrap_or("Error");
-        Self {
-            status,
-            kind: phrase,
-            message: phrase.into(),
-            param: None,
-        }
+        Self { status, kind: phrase, message: phrase.into(), param: None }
     }
 
     /// The same with a message of its own.
     pub fn http_with(status: StatusCode, message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            ..Self::http(status)
-        }
+        Self { message: message.into(), ..Self::http(status) }
     }
 
     /// A failure of the server, not of the request.
@@ -106,13 +88,11 @@ impl ApiError {
     pub fn with_value_from(mut self, body: &[u8]) -> Self {
         if self.kind == "BadRequestError"
             && let Some(param) = self.param.as_deref()
-            && let Ok(fields) =
-                serde_json::from_slice::<std::collections::HashMap<String, &RawValue>>(body)
+            && let Ok(fields) = serde_json::from_slice::<std::collections::HashMap<String, &RawValue>>(body)
             && let Some(value) = fields.get(param)
         {
             let value: String = value.get().chars().take(MAX_VALUE_CHARS).collect();
-            self.message
-                .push_str(&format!(" (parameter={param}, value={value})"));
+            self.message.push_str(&format!(" (parameter={param}, value={value})"));
         }
         self
     }
@@ -125,21 +105,16 @@ impl ApiError {
             param: self.param.as_deref().map(str::to_owned),
             code: self.status.as_u16(),
         };
-        serde_json::to_vec(&ErrorResponse { error })
-            .expect("an error body has no map with odd keys")
+        serde_json::to_vec(&ErrorResponse { error }).expect("an error body has no map with odd keys")
     }
 
     /// The HTTP response.
     pub fn into_response(self) -> Response<Body> {
-        let mut response = Response::builder()
-            .status(self.status)
-            .header(header::CONTENT_TYPE, "application/json");
+        let mut response = Response::builder().status(self.status).header(header::CONTENT_TYPE, "application/json");
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             response = response.header(header::RETRY_AFTER, "1");
         }
-        response
-            .body(full_body(Bytes::from(self.to_json())))
-            .expect("constant header names and values are valid")
+        response.body(full_body(Bytes::from(self.to_json()))).expect("constant header names and values are valid")
     }
 }
 
@@ -148,10 +123,7 @@ impl From<ember_engine::Error> for ApiError {
         use ember_engine::Error;
         match error {
             Error::InvalidRequest { param, message } => Self::invalid(param, message),
-            Error::Stopped(_) => Self {
-                kind: "InternalServerError",
-                ..Self::internal(error.to_string())
-            },
+            Error::Stopped(_) => Self { kind: "InternalServerError", ..Self::internal(error.to_string()) },
             // Paths and device details are for the log, not for clients.
             Error::Device(_) => Self::internal("The device failed while the request was running."),
             _ => Self::internal("The engine failed while the request was running."),

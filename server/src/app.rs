@@ -43,26 +43,12 @@ impl App {
         let mut hasher = std::hash::DefaultHasher::new();
         hasher.write(info.model_path.as_os_str().as_encoded_bytes());
         hasher.write(info.executor.as_bytes());
-        let system_fingerprint = format!(
-            "ember-{}-{:08x}",
-            env!("CARGO_PKG_VERSION"),
-            hasher.finish() as u32
-        );
-        let max_token_bytes = (0..info.vocab_size as u32)
-            .map(|id| backend.token_bytes(id).len())
-            .max()
-            .unwrap_or(1)
-            .max(1);
+        let system_fingerprint = format!("ember-{}-{:08x}", env!("CARGO_PKG_VERSION"), hasher.finish() as u32);
+        let max_token_bytes =
+            (0..info.vocab_size as u32).map(|id| backend.token_bytes(id).len()).max().unwrap_or(1).max(1);
         let metrics = Metrics::new(info, &config);
         let admission = Admission::new(info.max_num_seqs, config.max_num_queued_reqs);
-        Arc::new(Self {
-            backend,
-            config,
-            metrics,
-            admission,
-            system_fingerprint,
-            max_token_bytes,
-        })
+        Arc::new(Self { backend, config, metrics, admission, system_fingerprint, max_token_bytes })
     }
 
     /// Who is admitted.
@@ -87,14 +73,8 @@ impl App {
     {
         let app = self.clone();
         ServiceBuilder::new()
-            .map_response(|response: Response<_>| {
-                response.map(|body| Body::new(BodyExt::map_err(body, Into::into)))
-            })
-            .layer(
-                TraceLayer::new_for_http()
-                    .make_span_with(request_span::<B>)
-                    .on_failure(()),
-            )
+            .map_response(|response: Response<_>| response.map(|body| Body::new(BodyExt::map_err(body, Into::into))))
+            .layer(TraceLayer::new_for_http().make_span_with(request_span::<B>).on_failure(()))
             .layer(CatchPanicLayer::custom(panic_response))
             .service_fn(move |request| {
                 let app = app.clone();
@@ -115,18 +95,13 @@ impl App {
 
     /// Tokens per stream chunk: what the request asks for, at least the server's own.
     pub(crate) fn stream_interval(&self, fields: &SamplingFields) -> usize {
-        let asked = fields
-            .stream_interval
-            .and_then(|n| usize::try_from(n).ok())
-            .unwrap_or(1);
+        let asked = fields.stream_interval.and_then(|n| usize::try_from(n).ok()).unwrap_or(1);
         asked.max(self.config.stream_interval)
     }
 
     /// Seconds since the Unix epoch.
     pub(crate) fn now(&self) -> u64 {
-        std::time::SystemTime::UNIX_EPOCH
-            .elapsed()
-            .map_or(0, |elapsed| elapsed.as_secs())
+        std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs())
     }
 
     async fn respond<B>(self: Arc<Self>, request: Request<B>) -> Response<Body>
@@ -137,47 +112,27 @@ impl App {
         let (parts, body) = request.into_parts();
         let method = parts.method.clone();
         let request_id = parts.headers.get(request_id::HEADER).cloned();
-        if !auth::is_authorized(
-            &self.config.api_keys,
-            &method,
-            parts.uri.path(),
-            &parts.headers,
-        ) {
+        if !auth::is_authorized(&self.config.api_keys, &method, parts.uri.path(), &parts.headers) {
             return auth::unauthorized();
         }
         let route = match routes::find(&method, parts.uri.path()) {
             Ok(route) => route,
             Err(allow) => return not_routed(allow),
         };
-        let mut response = self
-            .call(route, parts, body)
-            .await
-            .unwrap_or_else(ApiError::into_response);
-        if self.config.enable_request_id_headers
-            && !response.headers().contains_key(request_id::HEADER)
-        {
+        let mut response = self.call(route, parts, body).await.unwrap_or_else(ApiError::into_response);
+        if self.config.enable_request_id_headers && !response.headers().contains_key(request_id::HEADER) {
             let id = request_id.unwrap_or_else(|| {
-                uuid::Uuid::new_v4()
-                    .simple()
-                    .to_string()
-                    .parse()
-                    .expect("hexadecimal digits are a valid header value")
+                uuid::Uuid::new_v4().simple().to_string().parse().expect("hexadecimal digits are a valid header value")
             });
             response.headers_mut().insert(request_id::HEADER, id);
         }
         if route.is_measured {
-            self.metrics
-                .http_request(route.path, &method, response.status(), started.elapsed());
+            self.metrics.http_request(route.path, &method, response.status(), started.elapsed());
         }
         response
     }
 
-    async fn call<B>(
-        self: &Arc<Self>,
-        route: &Route,
-        parts: Parts,
-        body: B,
-    ) -> Result<Response<Body>, ApiError>
+    async fn call<B>(self: &Arc<Self>, route: &Route, parts: Parts, body: B) -> Result<Response<Body>, ApiError>
     where
         B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
@@ -187,15 +142,9 @@ impl App {
         } else {
             Bytes::new()
         };
-        (route.handler)(
-            self.clone(),
-            Call {
-                parts,
-                body: body.clone(),
-            },
-        )
-        .await
-        .map_err(|error| error.with_value_from(&body))
+        (route.handler)(self.clone(), Call { parts, body: body.clone() })
+            .await
+            .map_err(|error| error.with_value_from(&body))
     }
 }
 
@@ -232,18 +181,12 @@ fn not_routed(allow: Option<String>) -> Response<Body> {
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
-    let value = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default();
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let media_type = value.split(';').next().unwrap_or_default().trim();
     if media_type.eq_ignore_ascii_case("application/json") {
         Ok(())
     } else {
-        Err(ApiError::schema(
-            "",
-            "the header Content-Type must be application/json",
-        ))
+        Err(ApiError::schema("", "the header Content-Type must be application/json"))
     }
 }
 
@@ -257,10 +200,9 @@ where
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("The request body is larger than {MAX_BODY_BYTES} bytes."),
         )),
-        Err(error) => Err(ApiError::http_with(
-            StatusCode::BAD_REQUEST,
-            format!("The request body cannot be read: {error}"),
-        )),
+        Err(error) => {
+            Err(ApiError::http_with(StatusCode::BAD_REQUEST, format!("The request body cannot be read: {error}")))
+        }
     }
 }
 

@@ -10,16 +10,8 @@ use crate::app::{Body, full_body};
 const GUARDED: [&str; 2] = ["/v1", "/v2"];
 
 /// Whether a request may pass. Every key is compared in full and in constant time.
-pub fn is_authorized(
-    api_keys: &[String],
-    method: &Method,
-    path: &str,
-    headers: &HeaderMap,
-) -> bool {
-    if api_keys.is_empty()
-        || method == Method::OPTIONS
-        || !GUARDED.iter().any(|prefix| path.starts_with(prefix))
-    {
+pub fn is_authorized(api_keys: &[String], method: &Method, path: &str, headers: &HeaderMap) -> bool {
+    if api_keys.is_empty() || method == Method::OPTIONS || !GUARDED.iter().any(|prefix| path.starts_with(prefix)) {
         return true;
     }
     let Some((scheme, token)) = headers
@@ -30,9 +22,7 @@ pub fn is_authorized(
         return false;
     };
     let token = token.trim().as_bytes();
-    let matches = api_keys.iter().fold(0, |found, key| {
-        found | key.as_bytes().ct_eq(token).unwrap_u8()
-    });
+    let matches = api_keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(token).unwrap_u8());
     scheme.eq_ignore_ascii_case("bearer") && matches == 1
 }
 
@@ -41,8 +31,6 @@ pub fn unauthorized() -> Response<Body> {
     Response::builder()
         .status(StatusCode::UNAUTHORIZED)
         .header(header::CONTENT_TYPE, "application/json")
-        .body(full_body(Bytes::from_static(
-            br#"{"error":"Unauthorized"}"#,
-        )))
+        .body(full_body(Bytes::from_static(br#"{"error":"Unauthorized"}"#)))
         .expect("constant header names and values are valid")
 }

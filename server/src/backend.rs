@@ -2,11 +2,8 @@
 
 use std::pin::Pin;
 
-use ember_engine::{
-    Engine, EngineInfo, EngineStats, Error, Event, GenerateRequest, SamplingParams,
-    text::ChatOptions,
-};
-use futures_util::{Stream, stream};
+use ember_engine::{Engine, EngineInfo, EngineStats, Error, Event, GenerateRequest, SamplingParams, text::ChatOptions};
+use futures_util::Stream;
 use serde_json::Value;
 
 /// The events of one prompt. Dropping it cancels the prompt's sequences.
@@ -35,14 +32,7 @@ pub trait Backend: Send + Sync + 'static {
 
 impl Backend for Engine {
     fn submit(&self, request: GenerateRequest) -> Result<EventStream, Error> {
-        let generation = Box::new(Engine::submit(self, request)?);
-        Ok(Box::pin(stream::unfold(
-            generation,
-            |mut generation| async move {
-                let event = generation.next().await?;
-                Some((event, generation))
-            },
-        )))
+        Ok(Box::pin(Engine::submit(self, request)?))
     }
 
     fn info(&self) -> &EngineInfo {

@@ -23,9 +23,7 @@ impl Cli {
     ///
     /// # Errors
     /// The usage error.
-    pub fn try_from_args<S: Into<String>>(
-        args: impl IntoIterator<Item = S>,
-    ) -> Result<Self, clap::Error> {
+    pub fn try_from_args<S: Into<String>>(args: impl IntoIterator<Item = S>) -> Result<Self, clap::Error> {
         Self::try_parse_from(args.into_iter().map(|arg| hyphenated(arg.into())))
     }
 }

@@ -44,21 +44,14 @@ pub enum Error {
 impl Error {
     /// An [`Error::Config`] about `flag`.
     pub fn config(flag: &'static str, message: impl Into<String>) -> Self {
-        Self::Config {
-            flag,
-            message: message.into(),
-        }
+        Self::Config { flag, message: message.into() }
     }
 }
 
 fn bind_remedy(source: &std::io::Error) -> &'static str {
     match source.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            ". Another process uses this port: stop it or choose one with --port"
-        }
-        std::io::ErrorKind::PermissionDenied => {
-            ". Ports below 1024 need privileges: choose a higher one with --port"
-        }
+        std::io::ErrorKind::AddrInUse => ". Another process uses this port: stop it or choose one with --port",
+        std::io::ErrorKind::PermissionDenied => ". Ports below 1024 need privileges: choose a higher one with --port",
         _ => "",
     }
 }

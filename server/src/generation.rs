@@ -45,11 +45,7 @@ impl Choices {
     ///
     /// # Errors
     /// Status 503 when the queue is full, else what the engine says.
-    pub fn start(
-        app: &Arc<App>,
-        id: String,
-        requests: Vec<GenerateRequest>,
-    ) -> Result<Self, ApiError> {
+    pub fn start(app: &Arc<App>, id: String, requests: Vec<GenerateRequest>) -> Result<Self, ApiError> {
         let params = requests.first().map(|request| &request.params);
         let n = params.map_or(1, |params| params.n as usize).max(1);
         let max_tokens = params.and_then(|params| params.max_tokens);
@@ -57,26 +53,14 @@ impl Choices {
         let permit = app.admission.admit(n_prompts * n)?;
         let mut streams = Vec::with_capacity(n_prompts);
         for (idx, request) in requests.into_iter().enumerate() {
-            streams.push(
-                app.backend
-                    .submit(request)?
-                    .map(move |event| (idx, event))
-                    .boxed(),
-            );
+            streams.push(app.backend.submit(request)?.map(move |event| (idx, event)).boxed());
         }
         let tracker = Tracker::start(app.clone(), id, n_prompts, n, max_tokens);
         let events = match streams.pop() {
             Some(only) if streams.is_empty() => Either::Left(only),
             last => Either::Right(streams.into_iter().chain(last).collect()),
         };
-        Ok(Self {
-            events,
-            ahead: VecDeque::new(),
-            n,
-            n_prompts,
-            tracker,
-            _permit: permit,
-        })
+        Ok(Self { events, ahead: VecDeque::new(), n, n_prompts, tracker, _permit: permit })
     }
 
     /// Choices in all.
@@ -110,12 +94,7 @@ impl Choices {
     pub async fn collect(mut self) -> Result<Finished, ApiError> {
         let mut finished = Finished {
             prompts: (0..self.n_prompts).map(|_| None).collect(),
-            choices: (0..self.n_choices())
-                .map(|index| Delta {
-                    index,
-                    ..Delta::default()
-                })
-                .collect(),
+            choices: (0..self.n_choices()).map(|index| Delta { index, ..Delta::default() }).collect(),
         };
         while let Some(event) = self.next().await {
             match event? {
@@ -170,13 +149,7 @@ pub struct Finished {
 
 /// Appends `delta` to the earlier output `whole` of the same choice.
 pub fn append(whole: &mut Delta, delta: Delta) {
-    let Delta {
-        index: _,
-        text,
-        token_ids,
-        logprobs,
-        finish,
-    } = delta;
+    let Delta { index: _, text, token_ids, logprobs, finish } = delta;
     whole.text.push_str(&text);
     whole.token_ids.extend(token_ids);
     whole.logprobs.extend(logprobs);

@@ -21,9 +21,7 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
             Err(error) => {
                 let path = error.path().to_string();
                 let message = error.inner().to_string();
-                let missing = message
-                    .strip_prefix("missing field `")
-                    .and_then(|rest| rest.split('`').next());
+                let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
                 let field = match (path.as_str(), missing) {
                     (".", Some(field)) => field.to_owned(),
                     (".", None) => String::new(),
@@ -41,9 +39,6 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
 pub fn response(value: &impl Serialize) -> Result<Response<Body>, ApiError> {
     let body = serde_json::to_vec(value).map_err(|error| ApiError::internal(error.to_string()))?;
     let mut response = Response::new(full_body(Bytes::from(body)));
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        header::HeaderValue::from_static("application/json"),
-    );
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
     Ok(response)
 }

@@ -35,10 +35,7 @@ pub enum End {
 pub async fn bind(host: &str, port: u16) -> Result<TcpListener, Error> {
     TcpListener::bind((host.trim_start_matches('[').trim_end_matches(']'), port))
         .await
-        .map_err(|source| Error::Bind {
-            address: format!("{host}:{port}"),
-            source,
-        })
+        .map_err(|source| Error::Bind { address: format!("{host}:{port}"), source })
 }
 
 /// Serves until `stop` resolves, then takes no more connections and waits for requests in flight:
@@ -80,12 +77,7 @@ pub async fn serve(
     }
 }
 
-fn connection(
-    app: &Arc<App>,
-    graceful: &GracefulShutdown,
-    stream: tokio::net::TcpStream,
-    peer: SocketAddr,
-) {
+fn connection(app: &Arc<App>, graceful: &GracefulShutdown, stream: tokio::net::TcpStream, peer: SocketAddr) {
     // Tokens are small and each is wanted at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "TCP_NODELAY");
@@ -93,9 +85,7 @@ fn connection(
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new());
     let service = TowerToHyperService::new(app.service::<Incoming>());
-    let connection = builder
-        .serve_connection(TokioIo::new(stream), service)
-        .into_owned();
+    let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
     let connection = graceful.watch(connection);
     tokio::spawn(async move {
         if let Err(error) = connection.await {

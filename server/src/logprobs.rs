@@ -1,8 +1,8 @@
 //! The engine's log-probabilities in their wire shapes.
 
 use ember_common::openai::{
-    ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, OrderedMap, PromptLogprob,
-    PromptLogprobs, TopLogprob,
+    ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, OrderedMap, PromptLogprob, PromptLogprobs,
+    TopLogprob,
 };
 use ember_engine::TokenLogprobs;
 
@@ -19,11 +19,7 @@ pub struct TokenNames<'a> {
 
 impl TokenNames<'_> {
     fn name(&self, id: u32) -> String {
-        if self.as_ids {
-            format!("token_id:{id}")
-        } else {
-            self.text(id)
-        }
+        if self.as_ids { format!("token_id:{id}") } else { self.text(id) }
     }
 
     fn text(&self, id: u32) -> String {
@@ -41,36 +37,18 @@ impl TokenNames<'_> {
 
 /// The sampled token, then the best others.
 fn candidates(token: &TokenLogprobs) -> impl Iterator<Item = (u32, f32)> {
-    let others = token
-        .top
-        .iter()
-        .copied()
-        .filter(|&(id, _)| id != token.token_id);
+    let others = token.top.iter().copied().filter(|&(id, _)| id != token.token_id);
     std::iter::once((token.token_id, token.logprob)).chain(others)
 }
 
 /// A chat choice's tokens with `n_top` candidates each.
 pub fn chat(names: TokenNames<'_>, tokens: &[TokenLogprobs], n_top: usize) -> ChatLogprobs {
     let content = tokens.iter().map(|token| {
-        let TopLogprob {
-            token: name,
-            logprob,
-            bytes,
-        } = names.candidate((token.token_id, token.logprob));
-        let top_logprobs = candidates(token)
-            .take(n_top)
-            .map(|candidate| names.candidate(candidate))
-            .collect();
-        ChatTokenLogprob {
-            token: name,
-            logprob,
-            bytes,
-            top_logprobs,
-        }
+        let TopLogprob { token: name, logprob, bytes } = names.candidate((token.token_id, token.logprob));
+        let top_logprobs = candidates(token).take(n_top).map(|candidate| names.candidate(candidate)).collect();
+        ChatTokenLogprob { token: name, logprob, bytes, top_logprobs }
     });
-    ChatLogprobs {
-        content: content.collect(),
-    }
+    ChatLogprobs { content: content.collect() }
 }
 
 /// Appends tokens of a completion choice, each with up to `n_top + 1` candidates. `offset` is the
@@ -88,13 +66,9 @@ pub fn push_completion(
         out.text_offset.push(*offset);
         *offset += name.chars().count();
         out.tokens.push(name);
-        out.token_logprobs
-            .push(token.as_ref().map(|token| token.logprob.max(MIN_LOGPROB)));
+        out.token_logprobs.push(token.as_ref().map(|token| token.logprob.max(MIN_LOGPROB)));
         out.top_logprobs.push(token.map(|token| {
-            candidates(&token)
-                .take(n_top + 1)
-                .map(|(id, lp)| (names.name(id), lp.max(MIN_LOGPROB)))
-                .collect()
+            candidates(&token).take(n_top + 1).map(|(id, lp)| (names.name(id), lp.max(MIN_LOGPROB))).collect()
         }));
     }
 }
@@ -102,28 +76,14 @@ pub fn push_completion(
 /// A prompt's tokens; candidates by id.
 pub fn prompt(names: TokenNames<'_>, tokens: &[Option<TokenLogprobs>]) -> PromptLogprobs {
     let entry = |token: &TokenLogprobs| -> OrderedMap<PromptLogprob> {
-        let best = token
-            .top
-            .iter()
-            .zip(1..)
-            .map(|(&(id, logprob), rank)| (id, logprob, rank));
+        let best = token.top.iter().zip(1..).map(|(&(id, logprob), rank)| (id, logprob, rank));
         std::iter::once((token.token_id, token.logprob, token.rank))
             .chain(best.filter(|&(id, ..)| id != token.token_id))
             .map(|(id, logprob, rank)| {
                 let decoded_token = names.text(id);
-                (
-                    id.to_string(),
-                    PromptLogprob {
-                        logprob: logprob.max(MIN_LOGPROB),
-                        rank,
-                        decoded_token,
-                    },
-                )
+                (id.to_string(), PromptLogprob { logprob: logprob.max(MIN_LOGPROB), rank, decoded_token })
             })
             .collect()
     };
-    tokens
-        .iter()
-        .map(|token| token.as_ref().map(entry))
-        .collect()
+    tokens.iter().map(|token| token.as_ref().map(entry)).collect()
 }

@@ -1,10 +1,13 @@
 //! The `ember` binary: reads the command line and runs one subcommand.
 
-use anyhow::Context;
+use std::process::ExitCode;
+
 use ember_server::cli::Cli;
 
-fn main() -> anyhow::Result<std::process::ExitCode> {
+fn main() -> ExitCode {
     let cli = Cli::from_env();
-    let name = cli.command.name();
-    cli.command.run().with_context(|| format!("ember {name}"))
+    cli.command.run().unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::FAILURE
+    })
 }

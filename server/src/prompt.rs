@@ -13,30 +13,15 @@ const INLINE_BYTES: usize = 8 << 10;
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
 /// Plain text to token ids.
-pub async fn encode(
-    app: Arc<App>,
-    text: String,
-    add_special_tokens: bool,
-) -> Result<Vec<u32>, ApiError> {
-    run(app, text, move |app, text| {
-        Ok(app.backend.encode(text, add_special_tokens)?)
-    })
-    .await
+pub async fn encode(app: Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
+    run(app, text, move |app, text| Ok(app.backend.encode(text, add_special_tokens)?)).await
 }
 
 /// A rendered conversation to token ids. Templates write the special tokens themselves, so
 /// `add_special_tokens` is rarely wanted.
-pub async fn encode_chat(
-    app: Arc<App>,
-    text: String,
-    add_special_tokens: bool,
-) -> Result<Vec<u32>, ApiError> {
+pub async fn encode_chat(app: Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
     run(app, text, move |app, text| {
-        let mut ids = if add_special_tokens {
-            app.backend.encode("", true)?
-        } else {
-            Vec::new()
-        };
+        let mut ids = if add_special_tokens { app.backend.encode("", true)? } else { Vec::new() };
         ids.extend(app.backend.encode_with_special(text)?);
         Ok(ids)
     })
@@ -77,10 +62,7 @@ fn check_length(app: &App, text: &str) -> Result<(), ApiError> {
 pub fn check_vocabulary(app: &App, param: &'static str, ids: &[u32]) -> Result<(), ApiError> {
     let vocab_size = app.backend.info().vocab_size;
     match ids.iter().find(|&&id| id as usize >= vocab_size) {
-        Some(id) => Err(ApiError::invalid(
-            param,
-            format!("Token id {id} is out of vocabulary (size {vocab_size})."),
-        )),
+        Some(id) => Err(ApiError::invalid(param, format!("Token id {id} is out of vocabulary (size {vocab_size})."))),
         None => Ok(()),
     }
 }
@@ -100,9 +82,7 @@ pub fn fit(
             _ => {
                 return Err(ApiError::invalid(
                     "truncate_prompt_tokens",
-                    format!(
-                        "truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."
-                    ),
+                    format!("truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."),
                 ));
             }
         };
@@ -112,23 +92,15 @@ pub fn fit(
             }
             Some("right") => ids.truncate(keep),
             Some(_) => {
-                return Err(ApiError::invalid(
-                    "truncation_side",
-                    "truncation_side must be `left` or `right`.",
-                ));
+                return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`."));
             }
         }
     }
     if ids.is_empty() {
-        return Err(ApiError::invalid(
-            "prompt",
-            "The prompt is empty: it has no tokens.",
-        ));
+        return Err(ApiError::invalid("prompt", "The prompt is empty: it has no tokens."));
     }
     if ids.len() > max_model_len {
-        let asked = max_tokens.map_or_else(String::new, |n| {
-            format!("you requested {n} output tokens and ")
-        });
+        let asked = max_tokens.map_or_else(String::new, |n| format!("you requested {n} output tokens and "));
         return Err(ApiError::invalid(
             "input_tokens",
             format!(
@@ -138,10 +110,7 @@ pub fn fit(
         ));
     }
     if ids.len() == max_model_len {
-        return Err(ApiError::invalid(
-            "max_tokens",
-            "max_tokens must be at least 1, got 0.",
-        ));
+        return Err(ApiError::invalid("max_tokens", "max_tokens must be at least 1, got 0."));
     }
     Ok(ids)
 }
@@ -166,10 +135,7 @@ impl Chat {
     /// The conversation as text.
     pub fn render(mut self, app: &App) -> Result<String, ApiError> {
         if self.messages.is_empty() {
-            return Err(ApiError::invalid(
-                "messages",
-                "messages must have at least one message.",
-            ));
+            return Err(ApiError::invalid("messages", "messages must have at least one message."));
         }
         for (idx, message) in self.messages.iter_mut().enumerate() {
             normalize(idx, message)?;
@@ -182,9 +148,7 @@ impl Chat {
             ));
         }
         let options = ChatOptions {
-            add_generation_prompt: self
-                .add_generation_prompt
-                .unwrap_or(!continue_final_message),
+            add_generation_prompt: self.add_generation_prompt.unwrap_or(!continue_final_message),
             continue_final_message,
             tools: self.tools.as_deref(),
             documents: self.documents.as_deref(),
@@ -199,10 +163,7 @@ impl Chat {
 fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
     let at = |field: &str| format!("messages.{idx}{field}");
     let Value::Object(message) = message else {
-        return Err(ApiError::schema(
-            &at(""),
-            "expected an object with `role` and `content`",
-        ));
+        return Err(ApiError::schema(&at(""), "expected an object with `role` and `content`"));
     };
     let role = match message.get("role") {
         Some(Value::String(role)) => role.clone(),
@@ -210,10 +171,7 @@ fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
         None => return Err(ApiError::schema(&at(".role"), "missing field `role`")),
     };
     if !ROLES.contains(&role.as_str()) {
-        return Err(ApiError::schema(
-            &at(".role"),
-            format!("unknown role `{role}`, expected one of {ROLES:?}"),
-        ));
+        return Err(ApiError::schema(&at(".role"), format!("unknown role `{role}`, expected one of {ROLES:?}")));
     }
     match message.get_mut("content") {
         Some(content @ Value::Array(_)) => *content = Value::String(joined_text(idx, content)?),
@@ -223,10 +181,7 @@ fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
             return Err(ApiError::schema(&at(".content"), "missing field `content`"));
         }
         Some(_) => {
-            return Err(ApiError::schema(
-                &at(".content"),
-                "expected a string or a list of parts",
-            ));
+            return Err(ApiError::schema(&at(".content"), "expected a string or a list of parts"));
         }
     }
     if let Some(reasoning) = message.remove("reasoning_content") {
@@ -238,10 +193,7 @@ fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
             && let Some(text) = arguments.as_str()
         {
             *arguments = serde_json::from_str(text).map_err(|error| {
-                ApiError::schema(
-                    &at(".tool_calls"),
-                    format!("function.arguments is not JSON: {error}"),
-                )
+                ApiError::schema(&at(".tool_calls"), format!("function.arguments is not JSON: {error}"))
             })?;
         }
     }
@@ -252,10 +204,7 @@ fn joined_text(idx: usize, content: &Value) -> Result<String, ApiError> {
     let mut texts = Vec::new();
     for (part_idx, part) in content.as_array().into_iter().flatten().enumerate() {
         let at = format!("messages.{idx}.content.{part_idx}");
-        match (
-            part.get("type").and_then(Value::as_str),
-            part.get("text").and_then(Value::as_str),
-        ) {
+        match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
             (Some("text" | "input_text"), Some(text)) => texts.push(text),
             (Some("text" | "input_text"), None) => {
                 return Err(ApiError::schema(&at, "missing field `text`"));
@@ -263,9 +212,7 @@ fn joined_text(idx: usize, content: &Value) -> Result<String, ApiError> {
             (Some(kind), _) => {
                 return Err(ApiError::invalid(
                     "messages",
-                    format!(
-                        "{at}: this model does not take content parts of type `{kind}`, only `text`."
-                    ),
+                    format!("{at}: this model does not take content parts of type `{kind}`, only `text`."),
                 ));
             }
             (None, _) => return Err(ApiError::schema(&at, "expected a part with `type`")),
@@ -293,32 +240,21 @@ mod tests {
 
     #[test]
     fn messages_take_the_form_that_templates_expect() {
-        check(
-            json!({"role": "user", "content": "hi"}),
-            Ok(json!({"role": "user", "content": "hi"})),
-        );
+        check(json!({"role": "user", "content": "hi"}), Ok(json!({"role": "user", "content": "hi"})));
         check(
             json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
             Ok(json!({"role": "user", "content": "a\nb"})),
         );
         check(
             json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\":1}"}}]}),
-            Ok(
-                json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}),
-            ),
+            Ok(json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]})),
         );
         check(
             json!({"role": "assistant", "content": "x", "reasoning_content": "r"}),
             Ok(json!({"role": "assistant", "content": "x", "reasoning": "r"})),
         );
-        check(
-            json!({"role": "user", "content": [{"type": "image_url"}]}),
-            Err("type `image_url`"),
-        );
-        check(
-            json!({"role": "wizard", "content": "x"}),
-            Err("unknown role `wizard`"),
-        );
+        check(json!({"role": "user", "content": [{"type": "image_url"}]}), Err("type `image_url`"));
+        check(json!({"role": "wizard", "content": "x"}), Err("unknown role `wizard`"));
         check(json!({"role": "user"}), Err("body.messages.0.content"));
         check(json!("hi"), Err("body.messages.0"));
     }

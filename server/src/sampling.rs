@@ -37,31 +37,19 @@ pub fn params(
     refuse_unsupported(fields)?;
     check_stream(fields)?;
     check_cache_salt(fields.cache_salt.as_deref())?;
-    let stop = fields
-        .stop
-        .clone()
-        .map_or_else(|| defaults.stop.clone(), OneOrMany::into_vec);
+    let stop = fields.stop.clone().map_or_else(|| defaults.stop.clone(), OneOrMany::into_vec);
     if stop.len() > MAX_STOP_STRINGS {
         return Err(ApiError::invalid(
             "stop",
-            format!(
-                "stop can have at most {MAX_STOP_STRINGS} strings, got {}.",
-                stop.len()
-            ),
+            format!("stop can have at most {MAX_STOP_STRINGS} strings, got {}.", stop.len()),
         ));
     }
     let prompt_logprobs = fields.prompt_logprobs.or(endpoint.prompt_logprobs);
     if fields.stream == Some(true) && fields.prompt_logprobs.is_some_and(|n| n > 0 || n == -1) {
-        return Err(ApiError::invalid(
-            "prompt_logprobs",
-            "`prompt_logprobs` are not available when `stream=True`.",
-        ));
+        return Err(ApiError::invalid("prompt_logprobs", "`prompt_logprobs` are not available when `stream=True`."));
     }
     let mut stop_token_ids = defaults.stop_token_ids.clone();
-    stop_token_ids.extend(token_ids(
-        "stop_token_ids",
-        fields.stop_token_ids.as_deref().unwrap_or_default(),
-    )?);
+    stop_token_ids.extend(token_ids("stop_token_ids", fields.stop_token_ids.as_deref().unwrap_or_default())?);
     let mut temperature = fields.temperature.unwrap_or(defaults.temperature);
     if temperature > 0.0 && temperature < MIN_TEMPERATURE {
         temperature = MIN_TEMPERATURE;
@@ -73,22 +61,15 @@ pub fn params(
         top_k: top_k(fields.top_k)?.unwrap_or(defaults.top_k),
         min_p: fields.min_p.unwrap_or(defaults.min_p),
         presence_penalty: fields.presence_penalty.unwrap_or(defaults.presence_penalty),
-        frequency_penalty: fields
-            .frequency_penalty
-            .unwrap_or(defaults.frequency_penalty),
-        repetition_penalty: fields
-            .repetition_penalty
-            .unwrap_or(defaults.repetition_penalty),
+        frequency_penalty: fields.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+        repetition_penalty: fields.repetition_penalty.unwrap_or(defaults.repetition_penalty),
         logit_bias: logit_bias(fields)?,
         allowed_token_ids: fields
             .allowed_token_ids
             .as_deref()
             .map(|ids| token_ids("allowed_token_ids", ids))
             .transpose()?,
-        seed: fields
-            .seed
-            .filter(|&seed| seed != -1)
-            .map(|seed| seed as u64),
+        seed: fields.seed.filter(|&seed| seed != -1).map(|seed| seed as u64),
         stop,
         stop_token_ids,
         include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
@@ -110,29 +91,18 @@ fn in_range_top_p(params: &SamplingParams) -> Result<f32, ApiError> {
     if params.top_p > 0.0 && params.top_p <= 1.0 {
         Ok(1.0)
     } else {
-        Err(ApiError::invalid(
-            "top_p",
-            format!("top_p must be in (0, 1], got {}.", params.top_p),
-        ))
+        Err(ApiError::invalid("top_p", format!("top_p must be in (0, 1], got {}.", params.top_p)))
     }
 }
 
 fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
-    if fields
-        .response_format
-        .as_ref()
-        .is_some_and(|format| format.kind != "text")
-    {
+    if fields.response_format.as_ref().is_some_and(|format| format.kind != "text") {
         return Err(ApiError::unsupported("response_format"));
     }
     if fields.use_beam_search == Some(true) {
         return Err(ApiError::unsupported("use_beam_search"));
     }
-    if fields
-        .bad_words
-        .as_ref()
-        .is_some_and(|words| words.as_array().is_none_or(|words| !words.is_empty()))
-    {
+    if fields.bad_words.as_ref().is_some_and(|words| words.as_array().is_none_or(|words| !words.is_empty())) {
         return Err(ApiError::unsupported("bad_words"));
     }
     for (field, value) in [
@@ -161,31 +131,22 @@ fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
 
 fn check_stream(fields: &SamplingFields) -> Result<(), ApiError> {
     if fields.stream_options.is_some() && fields.stream != Some(true) {
-        return Err(ApiError::invalid(
-            "stream_options",
-            "Stream options can only be defined when `stream=True`.",
-        ));
+        return Err(ApiError::invalid("stream_options", "Stream options can only be defined when `stream=True`."));
     }
     if fields.stream_interval.is_some_and(|n| n < 1) {
-        return Err(ApiError::invalid(
-            "stream_interval",
-            "stream_interval must be at least 1.",
-        ));
+        return Err(ApiError::invalid("stream_interval", "stream_interval must be at least 1."));
     }
     Ok(())
 }
 
 fn check_cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
     let is_valid = |salt: &str| {
-        (1..=MAX_CACHE_SALT_CHARS).contains(&salt.chars().count())
-            && !salt.contains(['@', '/', '\\', '\0'])
+        (1..=MAX_CACHE_SALT_CHARS).contains(&salt.chars().count()) && !salt.contains(['@', '/', '\\', '\0'])
     };
     if salt.is_some_and(|salt| !is_valid(salt)) {
         return Err(ApiError::invalid(
             "cache_salt",
-            format!(
-                "cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters and none of @ / \\ NUL."
-            ),
+            format!("cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters and none of @ / \\ NUL."),
         ));
     }
     Ok(())
@@ -195,10 +156,7 @@ fn non_negative(param: &'static str, value: Option<i64>) -> Result<Option<u32>, 
     value
         .map(|value| {
             u32::try_from(value).map_err(|_| {
-                ApiError::invalid(
-                    param,
-                    format!("{param} must be greater than or equal to 0, got {value}."),
-                )
+                ApiError::invalid(param, format!("{param} must be greater than or equal to 0, got {value}."))
             })
         })
         .transpose()
@@ -209,10 +167,7 @@ fn max_tokens(endpoint: EndpointParams) -> Result<Option<u32>, ApiError> {
         return Ok(None);
     };
     if value < 1 {
-        return Err(ApiError::invalid(
-            param,
-            format!("{param} must be at least 1, got {value}."),
-        ));
+        return Err(ApiError::invalid(param, format!("{param} must be at least 1, got {value}.")));
     }
     match u32::try_from(value) {
         Ok(n) if n as usize <= endpoint.max_model_len => Ok(Some(n)),
@@ -230,12 +185,9 @@ fn top_k(value: Option<i64>) -> Result<Option<u32>, ApiError> {
     match value {
         None => Ok(None),
         Some(-1) => Ok(Some(0)),
-        Some(k) => u32::try_from(k).map(Some).map_err(|_| {
-            ApiError::invalid(
-                "top_k",
-                format!("top_k must be 0 (disable), or at least 1, got {k}."),
-            )
-        }),
+        Some(k) => u32::try_from(k)
+            .map(Some)
+            .map_err(|_| ApiError::invalid("top_k", format!("top_k must be 0 (disable), or at least 1, got {k}."))),
     }
 }
 
@@ -246,28 +198,19 @@ fn n_logprobs(param: &'static str, value: Option<i64>) -> Result<Option<u32>, Ap
         // All of the vocabulary, which is always more than the limit.
         Some(-1) => Err(ApiError::invalid(
             param,
-            format!(
-                "Requested {param} of -1 (the whole vocabulary), which is greater than max allowed: {max}"
-            ),
+            format!("Requested {param} of -1 (the whole vocabulary), which is greater than max allowed: {max}"),
         )),
-        Some(k) if k < 0 => Err(ApiError::invalid(
-            param,
-            format!("{param} must be non-negative or -1, got {k}."),
-        )),
-        Some(k) if k > i64::from(max) => Err(ApiError::invalid(
-            param,
-            format!("Requested {param} of {k}, which is greater than max allowed: {max}"),
-        )),
+        Some(k) if k < 0 => Err(ApiError::invalid(param, format!("{param} must be non-negative or -1, got {k}."))),
+        Some(k) if k > i64::from(max) => {
+            Err(ApiError::invalid(param, format!("Requested {param} of {k}, which is greater than max allowed: {max}")))
+        }
         Some(k) => Ok(Some(k as u32)),
     }
 }
 
 fn token_ids(param: &'static str, ids: &[i64]) -> Result<Vec<u32>, ApiError> {
     ids.iter()
-        .map(|&id| {
-            u32::try_from(id)
-                .map_err(|_| ApiError::invalid(param, format!("{param}: {id} is not a token id.")))
-        })
+        .map(|&id| u32::try_from(id).map_err(|_| ApiError::invalid(param, format!("{param}: {id} is not a token id."))))
         .collect()
 }
 
@@ -276,10 +219,7 @@ fn logit_bias(fields: &SamplingFields) -> Result<Vec<(u32, f32)>, ApiError> {
     pairs
         .map(|(id, bias)| match id.parse() {
             Ok(id) => Ok((id, bias.clamp(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS))),
-            Err(_) => Err(ApiError::invalid(
-                "logit_bias",
-                format!("logit_bias: key `{id}` is not a token id."),
-            )),
+            Err(_) => Err(ApiError::invalid("logit_bias", format!("logit_bias: key `{id}` is not a token id."))),
         })
         .collect()
 }

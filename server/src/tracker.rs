@@ -32,13 +32,7 @@ struct SequenceTimes {
 
 impl Tracker {
     /// Starts the clock for `n_prompts` prompts of `n` sequences each.
-    pub fn start(
-        app: Arc<App>,
-        id: String,
-        n_prompts: usize,
-        n: usize,
-        max_tokens: Option<u32>,
-    ) -> Self {
+    pub fn start(app: Arc<App>, id: String, n_prompts: usize, n: usize, max_tokens: Option<u32>) -> Self {
         Self {
             app,
             id,
@@ -88,45 +82,28 @@ impl Drop for Tracker {
         let metrics = &self.app.metrics;
         let now = Instant::now();
         metrics.params_n.record(self.n as f64);
-        let longest = self
-            .sequences
-            .iter()
-            .map(|sequence| sequence.n_tokens)
-            .max()
-            .unwrap_or(0);
+        let longest = self.sequences.iter().map(|sequence| sequence.n_tokens).max().unwrap_or(0);
         metrics.max_generation_tokens.record(longest as f64);
         for (idx, sequence) in self.sequences.iter().enumerate() {
             metrics.request_finished(sequence.finish, self.failed);
             if sequence.finish.is_none() {
                 continue;
             }
-            metrics
-                .e2e_latency
-                .record(sequence.last_token.unwrap_or(now) - self.started);
-            metrics
-                .request_prompt_tokens
-                .record(self.prompt_lens[idx / self.n] as f64);
-            metrics
-                .request_generation_tokens
-                .record(sequence.n_tokens as f64);
+            metrics.e2e_latency.record(sequence.last_token.unwrap_or(now) - self.started);
+            metrics.request_prompt_tokens.record(self.prompt_lens[idx / self.n] as f64);
+            metrics.request_generation_tokens.record(sequence.n_tokens as f64);
             if let Some(max_tokens) = self.max_tokens {
                 metrics.params_max_tokens.record(f64::from(max_tokens));
             }
             if let (Some(first), Some(last)) = (sequence.first_token, sequence.last_token) {
                 metrics.decode_time.record(last - first);
                 if sequence.n_tokens > 1 {
-                    metrics
-                        .time_per_output_token
-                        .record((last - first).as_secs_f64() / (sequence.n_tokens - 1) as f64);
+                    metrics.time_per_output_token.record((last - first).as_secs_f64() / (sequence.n_tokens - 1) as f64);
                 }
             }
         }
         if tracing::enabled!(tracing::Level::DEBUG) {
-            let first = self
-                .sequences
-                .iter()
-                .filter_map(|sequence| sequence.first_token)
-                .min();
+            let first = self.sequences.iter().filter_map(|sequence| sequence.first_token).min();
             tracing::debug!(
                 id = self.id,
                 prompt_tokens = self.prompt_lens.iter().sum::<usize>(),

@@ -94,10 +94,7 @@ impl EngineArgs {
         if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
             return Err(Error::config(
                 "--gpu-memory-utilization",
-                format!(
-                    "{} is not above 0 and at most 1",
-                    self.gpu_memory_utilization
-                ),
+                format!("{} is not above 0 and at most 1", self.gpu_memory_utilization),
             ));
         }
         for (flag, value) in [
@@ -156,10 +153,9 @@ pub fn parse_device(text: &str) -> Result<DeviceChoice, String> {
         None if text == "auto" => Ok(DeviceChoice::Auto),
         None if text == "cpu" => Ok(DeviceChoice::Cpu),
         None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
-        Some(("cuda", index)) => index
-            .parse()
-            .map(DeviceChoice::Cuda)
-            .map_err(|_| format!("`{index}` is not the index of a CUDA device")),
+        Some(("cuda", index)) => {
+            index.parse().map(DeviceChoice::Cuda).map_err(|_| format!("`{index}` is not the index of a CUDA device"))
+        }
         _ => Err("expected auto, cpu, cuda or cuda:N".into()),
     }
 }
@@ -183,10 +179,7 @@ pub fn parse_size(text: &str) -> Result<usize, String> {
         Some(_) => return Err(wrong()),
     };
     if let Ok(whole) = number.parse::<u64>() {
-        return whole
-            .checked_mul(scale)
-            .and_then(|size| size.try_into().ok())
-            .ok_or_else(wrong);
+        return whole.checked_mul(scale).and_then(|size| size.try_into().ok()).ok_or_else(wrong);
     }
     match (number.parse::<f64>(), unit) {
         (Ok(number), Some('k' | 'm' | 'g')) if number.is_finite() && number >= 0.0 => {
@@ -209,14 +202,9 @@ mod tests {
 
     #[test]
     fn sizes_take_decimal_and_binary_suffixes() {
-        for (text, expected) in [
-            ("8192", 8192),
-            ("8k", 8000),
-            ("8K", 8192),
-            ("25.6k", 25_600),
-            ("4G", 4 << 30),
-            ("1m", 1_000_000),
-        ] {
+        for (text, expected) in
+            [("8192", 8192), ("8k", 8000), ("8K", 8192), ("25.6k", 25_600), ("4G", 4 << 30), ("1m", 1_000_000)]
+        {
             assert_eq!(parse_size(text), Ok(expected), "{text}");
         }
         for text in ["", "k", "-1", "8x", "2.5K", "1e400k", "99999999999G"] {

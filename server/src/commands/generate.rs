@@ -22,12 +22,7 @@ pub struct GenerateArgs {
     pub model: PathBuf,
 
     /// A prompt; may be given several times.
-    #[arg(
-        long,
-        required_unless_present = "file",
-        value_name = "TEXT",
-        help_heading = "Prompts"
-    )]
+    #[arg(long, required_unless_present = "file", value_name = "TEXT", help_heading = "Prompts")]
     pub prompt: Vec<String>,
 
     /// A file with one prompt per line; empty lines are skipped.
@@ -77,10 +72,7 @@ pub fn run(args: GenerateArgs) -> Result<ExitCode, Error> {
     let texts = read_prompts(&args)?;
     let engine = Engine::load(&args.model, config)?;
     eprintln!("{}: {}", engine.info().architecture, engine.info().executor);
-    let prompts = texts
-        .iter()
-        .map(|text| prompt(&engine, text, args.chat))
-        .collect::<Result<Vec<_>, Error>>()?;
+    let prompts = texts.iter().map(|text| prompt(&engine, text, args.chat)).collect::<Result<Vec<_>, Error>>()?;
     let defaults = Engine::default_sampling_params(&engine);
     let params = SamplingParams {
         max_tokens: Some(args.max_tokens),
@@ -106,18 +98,11 @@ pub fn run(args: GenerateArgs) -> Result<ExitCode, Error> {
             serde_json::to_writer(&mut out, &line).map_err(std::io::Error::from)?;
             writeln!(out)?;
         } else {
-            writeln!(
-                out,
-                "Prompt: {prompt:?}\nGenerated text: {:?}\n",
-                output.text
-            )?;
+            writeln!(out, "Prompt: {prompt:?}\nGenerated text: {:?}\n", output.text)?;
         }
     }
     out.flush()?;
-    let n_prompt: usize = outputs
-        .iter()
-        .map(|output| output.prompt_token_ids.len())
-        .sum();
+    let n_prompt: usize = outputs.iter().map(|output| output.prompt_token_ids.len()).sum();
     let n_output: usize = outputs.iter().map(|output| output.token_ids.len()).sum();
     eprintln!(
         "{} prompts, {n_prompt} prompt tokens, {n_output} output tokens in {seconds:.2} s: {:.1} output tokens/s",
@@ -130,21 +115,11 @@ pub fn run(args: GenerateArgs) -> Result<ExitCode, Error> {
 fn read_prompts(args: &GenerateArgs) -> Result<Vec<String>, Error> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.file {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::File {
-            path: path.clone(),
-            source,
-        })?;
-        prompts.extend(
-            text.lines()
-                .filter(|line| !line.trim().is_empty())
-                .map(str::to_owned),
-        );
+        let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.clone(), source })?;
+        prompts.extend(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned));
     }
     if prompts.is_empty() {
-        return Err(Error::config(
-            "--file",
-            "the file has no prompts: every line is empty",
-        ));
+        return Err(Error::config("--file", "the file has no prompts: every line is empty"));
     }
     Ok(prompts)
 }
@@ -153,10 +128,7 @@ fn prompt(engine: &Engine, text: &str, chat: bool) -> Result<Prompt, Error> {
     if !chat {
         return Ok(Prompt::Text(text.to_owned()));
     }
-    let options = ChatOptions {
-        add_generation_prompt: true,
-        ..ChatOptions::default()
-    };
+    let options = ChatOptions { add_generation_prompt: true, ..ChatOptions::default() };
     let rendered = engine.render_chat(&[json!({"role": "user", "content": text})], &options)?;
     Ok(Prompt::Tokens(engine.encode_with_special(&rendered)?))
 }

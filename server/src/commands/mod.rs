@@ -1,5 +1,6 @@
 //! The subcommands. One file each.
 
+pub mod cuda_test;
 pub mod doctor;
 pub mod engine_args;
 pub mod generate;
@@ -20,18 +21,12 @@ pub enum Command {
     Generate(Box<generate::GenerateArgs>),
     /// Say what this machine has for serving, and what to install.
     Doctor(doctor::DoctorArgs),
+    /// Check the CUDA kernels on a device against the portable executor.
+    #[command(hide = true)]
+    CudaTest(cuda_test::CudaTestArgs),
 }
 
 impl Command {
-    /// As typed.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Serve(_) => "serve",
-            Self::Generate(_) => "generate",
-            Self::Doctor(_) => "doctor",
-        }
-    }
-
     /// Runs it to its end.
     ///
     /// # Errors
@@ -41,6 +36,7 @@ impl Command {
             Self::Serve(args) => serve::run(*args),
             Self::Generate(args) => generate::run(*args),
             Self::Doctor(args) => doctor::run(&args),
+            Self::CudaTest(args) => cuda_test::run(&args),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `ember serve`: loads a model, then answers HTTP until it is told to stop.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Args;
 use ember_engine::Engine;
@@ -21,21 +21,11 @@ pub struct ServeArgs {
     pub model: PathBuf,
 
     /// Address to listen on.
-    #[arg(
-        long,
-        env = "EMBER_HOST",
-        default_value = "0.0.0.0",
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_HOST", default_value = "0.0.0.0", help_heading = "Server")]
     pub host: String,
 
     /// Port to listen on; 0 takes a free one.
-    #[arg(
-        long,
-        env = "EMBER_PORT",
-        default_value_t = 8000,
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_PORT", default_value_t = 8000, help_heading = "Server")]
     pub port: u16,
 
     /// Names that requests may use; the first is echoed [default: MODEL as typed].
@@ -51,28 +41,15 @@ pub struct ServeArgs {
     pub max_num_queued_reqs: Option<usize>,
 
     /// Tokens per stream chunk.
-    #[arg(
-        long,
-        env = "EMBER_STREAM_INTERVAL",
-        default_value_t = 1,
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_STREAM_INTERVAL", default_value_t = 1, help_heading = "Server")]
     pub stream_interval: usize,
 
     /// Say in usage.prompt_tokens_details how much of the prompt was cached.
-    #[arg(
-        long,
-        env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS",
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS", help_heading = "Server")]
     pub enable_prompt_tokens_details: bool,
 
     /// Send usage with every chunk of every stream.
-    #[arg(
-        long,
-        env = "EMBER_ENABLE_FORCE_INCLUDE_USAGE",
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_ENABLE_FORCE_INCLUDE_USAGE", help_heading = "Server")]
     pub enable_force_include_usage: bool,
 
     /// Send X-Request-Id with every response.
@@ -80,22 +57,11 @@ pub struct ServeArgs {
     pub enable_request_id_headers: bool,
 
     /// Seconds that requests in flight may take after SIGTERM or SIGINT; a second signal ends them at once.
-    #[arg(
-        long,
-        env = "EMBER_SHUTDOWN_TIMEOUT",
-        default_value_t = 30,
-        value_name = "SECONDS",
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_SHUTDOWN_TIMEOUT", default_value_t = 30, value_name = "SECONDS", help_heading = "Server")]
     pub shutdown_timeout: u64,
 
     /// error, warn, info, debug, trace, or a filter such as `info,ember_server=debug`.
-    #[arg(
-        long,
-        env = "EMBER_LOG_LEVEL",
-        default_value = "info",
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_LOG_LEVEL", default_value = "info", help_heading = "Server")]
     pub log_level: String,
 
     #[command(flatten)]
@@ -114,18 +80,10 @@ impl ServeArgs {
             served_model_names.push(self.model.display().to_string());
         }
         if served_model_names.iter().any(String::is_empty) {
-            return Err(Error::config(
-                "--served-model-name",
-                "a name cannot be empty",
-            ));
+            return Err(Error::config("--served-model-name", "a name cannot be empty"));
         }
         // An empty EMBER_API_KEY must not open the server to an empty key.
-        let api_keys: Vec<String> = self
-            .api_key
-            .iter()
-            .filter(|key| !key.is_empty())
-            .cloned()
-            .collect();
+        let api_keys: Vec<String> = self.api_key.iter().filter(|key| !key.is_empty()).cloned().collect();
         if self.stream_interval == 0 {
             return Err(Error::config("--stream-interval", "must be at least 1"));
         }
@@ -158,9 +116,7 @@ impl ServeArgs {
 pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
     let config = args.resolve()?;
     start_log(&args.log_level)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         // Bound first, so that a taken port costs no time; accepted from once the model is there.
         let socket = listener::bind(&config.host, config.port).await?;
@@ -209,10 +165,7 @@ struct Signals {
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            term: signal(SignalKind::terminate())?,
-            int: signal(SignalKind::interrupt())?,
-        })
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
     }
 
     async fn next(&mut self) {
@@ -229,6 +182,7 @@ fn start_log(filter: &str) -> Result<(), Error> {
         .map_err(|error| Error::config("--log-level", format!("{error}")))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     Ok(())

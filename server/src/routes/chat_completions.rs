@@ -39,34 +39,24 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
     tracing::Span::current().record("id", &id);
 
-    let echo = if fields.echo == Some(true) {
-        own.messages.last().and_then(assistant_text)
-    } else {
-        None
-    };
+    let echo = if fields.echo == Some(true) { own.messages.last().and_then(assistant_text) } else { None };
     let return_prompt_text = own.return_prompt_text == Some(true);
     let text = conversation(own)?.render(&app)?;
     let prompt_text = return_prompt_text.then(|| text.clone());
-    let ids =
-        prompt::encode_chat(app.clone(), text, fields.add_special_tokens == Some(true)).await?;
+    let ids = prompt::encode_chat(app.clone(), text, fields.add_special_tokens == Some(true)).await?;
     let ids = prompt::fit(&app, ids, &fields, params.max_tokens)?;
     let mut request = GenerateRequest::new(Prompt::Tokens(ids), params.clone());
     request.cache_salt = fields.cache_salt.clone();
 
     let name_of_max_tokens = max_tokens_field.map_or("max_tokens", |(name, _)| name);
-    let mut choices = Choices::start(&app, id.clone(), vec![request])
-        .map_err(|error| name_max_tokens(error, name_of_max_tokens))?;
+    let mut choices =
+        Choices::start(&app, id.clone(), vec![request]).map_err(|error| name_max_tokens(error, name_of_max_tokens))?;
     let usage = UsageMeter::new(&app.config, fields.stream_options, 1, choices.n_choices());
     let id = format!("chatcmpl-{id}");
     let created = app.now();
     if fields.stream == Some(true) {
         choices.wait_for_output().await?;
-        let head = ChunkHead {
-            id: &id,
-            object: "chat.completion.chunk",
-            created,
-            model: &model,
-        };
+        let head = ChunkHead { id: &id, object: "chat.completion.chunk", created, model: &model };
         let frames = ChatFrames {
             app: app.clone(),
             n_top_logprobs: params.logprobs.map(|n| n as usize),
@@ -78,17 +68,9 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             prompt: None,
         };
         let interval = app.stream_interval(&fields);
-        return Ok(
-            SseBody::new(choices, frames, ChunkWriter::new(head), usage, interval).into_response(),
-        );
+        return Ok(SseBody::new(choices, frames, ChunkWriter::new(head), usage, interval).into_response());
     }
-    let head = Head {
-        id,
-        created,
-        model,
-        echo: echo.unwrap_or_default(),
-        prompt_text,
-    };
+    let head = Head { id, created, model, echo: echo.unwrap_or_default(), prompt_text };
     json::response(&whole(&app, head, &fields, &params, Running { choices, usage }).await?)
 }
 
@@ -118,23 +100,15 @@ async fn whole(
     if let Some(prompt) = &prompt {
         usage.prompt(0, prompt);
     }
-    let names = TokenNames {
-        backend: &*app.backend,
-        as_ids: fields.return_tokens_as_token_ids == Some(true),
-    };
+    let names = TokenNames { backend: &*app.backend, as_ids: fields.return_tokens_as_token_ids == Some(true) };
     let return_token_ids = fields.return_token_ids == Some(true);
     let choice = |delta: Delta| {
         usage.output(delta.index, delta.token_ids.len());
-        let (reason, stop_reason) = delta
-            .finish
-            .map(|finish| (finish.reason, finish.stop_reason))
-            .unzip();
+        let (reason, stop_reason) = delta.finish.map(|finish| (finish.reason, finish.stop_reason)).unzip();
         ChatChoice {
             index: delta.index,
             message: ChatMessage::assistant(format!("{}{}", head.echo, delta.text)),
-            logprobs: params
-                .logprobs
-                .map(|n_top| logprobs::chat(names, &delta.logprobs, n_top as usize)),
+            logprobs: params.logprobs.map(|n_top| logprobs::chat(names, &delta.logprobs, n_top as usize)),
             finish_reason: reason,
             stop_reason: stop_reason.flatten().map(wire_stop_reason),
             token_ids: return_token_ids.then_some(delta.token_ids),
@@ -143,9 +117,7 @@ async fn whole(
         }
     };
     let choices = finished.choices.into_iter().map(choice).collect();
-    let prompt_logprobs = prompt
-        .as_ref()
-        .and_then(|prompt| prompt.logprobs.as_deref());
+    let prompt_logprobs = prompt.as_ref().and_then(|prompt| prompt.logprobs.as_deref());
     Ok(ChatCompletion {
         id: head.id,
         object: "chat.completion".into(),
@@ -156,10 +128,7 @@ async fn whole(
         system_fingerprint: Some(app.system_fingerprint.clone()),
         usage: usage.total(),
         prompt_logprobs: prompt_logprobs.map(|tokens| logprobs::prompt(names, tokens)),
-        prompt_token_ids: prompt
-            .as_ref()
-            .filter(|_| return_token_ids)
-            .map(|prompt| prompt.token_ids.to_vec()),
+        prompt_token_ids: prompt.as_ref().filter(|_| return_token_ids).map(|prompt| prompt.token_ids.to_vec()),
         prompt_text: head.prompt_text,
         kv_transfer_params: None,
         ec_transfer_params: None,
@@ -170,10 +139,7 @@ async fn whole(
 fn refuse_unsupported(own: &ChatFields) -> Result<(), ApiError> {
     match &own.tools {
         Some(tools) if tools.is_empty() => {
-            return Err(ApiError::invalid(
-                "tools",
-                "`tools` must not be an empty array. Leave it out instead.",
-            ));
+            return Err(ApiError::invalid("tools", "`tools` must not be an empty array. Leave it out instead."));
         }
         // Without a choice tools mean `auto`.
         Some(_) if own.tool_choice.as_ref().and_then(Value::as_str) != Some("none") => {
@@ -182,15 +148,8 @@ fn refuse_unsupported(own: &ChatFields) -> Result<(), ApiError> {
                 "Tool calls are not supported by this server; `tools` need `tool_choice` \"none\".",
             ));
         }
-        None if own
-            .tool_choice
-            .as_ref()
-            .is_some_and(|choice| !matches!(choice.as_str(), Some("none" | "auto"))) =>
-        {
-            return Err(ApiError::invalid(
-                "tool_choice",
-                "When using `tool_choice`, `tools` must be set.",
-            ));
+        None if own.tool_choice.as_ref().is_some_and(|choice| !matches!(choice.as_str(), Some("none" | "auto"))) => {
+            return Err(ApiError::invalid("tool_choice", "When using `tool_choice`, `tools` must be set."));
         }
         _ => {}
     }
@@ -212,18 +171,13 @@ fn n_top_logprobs(own: &ChatFields) -> Result<Option<i64>, ApiError> {
         return Ok(Some(n_top));
     }
     if n_top != 0 {
-        return Err(ApiError::invalid(
-            "top_logprobs",
-            "when using `top_logprobs`, `logprobs` must be set to true.",
-        ));
+        return Err(ApiError::invalid("top_logprobs", "when using `top_logprobs`, `logprobs` must be set to true."));
     }
     Ok(None)
 }
 
 fn max_tokens_field(fields: &SamplingFields, own: &ChatFields) -> Option<(&'static str, i64)> {
-    let current = own
-        .max_completion_tokens
-        .map(|n| ("max_completion_tokens", n));
+    let current = own.max_completion_tokens.map(|n| ("max_completion_tokens", n));
     current.or(fields.max_tokens.map(|n| ("max_tokens", n)))
 }
 
@@ -242,15 +196,10 @@ fn conversation(own: ChatFields) -> Result<Chat, ApiError> {
         if !REASONING_EFFORTS.contains(&effort.as_str()) {
             return Err(ApiError::invalid(
                 "reasoning_effort",
-                format!(
-                    "reasoning_effort must be one of {}.",
-                    REASONING_EFFORTS.join(", ")
-                ),
+                format!("reasoning_effort must be one of {}.", REASONING_EFFORTS.join(", ")),
             ));
         }
-        kwargs
-            .entry("reasoning_effort")
-            .or_insert(Value::String(effort));
+        kwargs.entry("reasoning_effort").or_insert(Value::String(effort));
     }
     Ok(Chat {
         messages: own.messages,
@@ -265,9 +214,5 @@ fn conversation(own: ChatFields) -> Result<Chat, ApiError> {
 /// The text of a message that the assistant said.
 fn assistant_text(message: &Value) -> Option<String> {
     let is_assistant = message.get("role").and_then(Value::as_str) == Some("assistant");
-    message
-        .get("content")
-        .and_then(Value::as_str)
-        .filter(|_| is_assistant)
-        .map(str::to_owned)
+    message.get("content").and_then(Value::as_str).filter(|_| is_assistant).map(str::to_owned)
 }

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use ember_common::openai::{
-    Completion, CompletionChoice, CompletionFields, PromptInput, SamplingFields,
-};
+use ember_common::openai::{Completion, CompletionChoice, CompletionFields, PromptInput, SamplingFields};
 use ember_engine::{Delta, GenerateRequest, Prompt};
 use hyper::Response;
 
@@ -31,11 +29,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let is_echo = fields.echo == Some(true);
     // With `echo` 0 asks for the prompt alone; the engine computes it while sampling one token.
     let only_echo = is_echo && fields.max_tokens == Some(0);
-    let max_tokens = if only_echo {
-        1
-    } else {
-        fields.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS)
-    };
+    let max_tokens = if only_echo { 1 } else { fields.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) };
     let endpoint = EndpointParams {
         max_tokens: Some(("max_tokens", max_tokens)),
         logprobs: own.logprobs,
@@ -81,12 +75,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let created = app.now();
     if fields.stream == Some(true) {
         choices.wait_for_output().await?;
-        let writer = ChunkWriter::new(ChunkHead {
-            id: &id,
-            object: "text_completion",
-            created,
-            model: &model,
-        });
+        let writer = ChunkWriter::new(ChunkHead { id: &id, object: "text_completion", created, model: &model });
         let interval = app.stream_interval(&fields);
         return Ok(SseBody::new(choices, frames, writer, usage, interval).into_response());
     }
@@ -126,14 +115,10 @@ fn prompts(input: Option<PromptInput>) -> Result<Vec<Prompt>, ApiError> {
         Some(PromptInput::TokenLists(lists)) => lists.into_iter().map(Prompt::Tokens).collect(),
     };
     match prompts.len() {
-        0 => Err(ApiError::invalid(
-            "prompt",
-            "`prompt` must be given and must not be empty.",
-        )),
-        n if n > MAX_PROMPTS => Err(ApiError::invalid(
-            "prompt",
-            format!("A request can have at most {MAX_PROMPTS} prompts, got {n}."),
-        )),
+        0 => Err(ApiError::invalid("prompt", "`prompt` must be given and must not be empty.")),
+        n if n > MAX_PROMPTS => {
+            Err(ApiError::invalid("prompt", format!("A request can have at most {MAX_PROMPTS} prompts, got {n}.")))
+        }
         _ => Ok(prompts),
     }
 }
@@ -151,8 +136,7 @@ async fn tokenize(
         }
         Prompt::Text(text) => {
             let echo = (fields.echo == Some(true)).then(|| text.clone());
-            let ids = prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true))
-                .await?;
+            let ids = prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true)).await?;
             Ok((ids, echo))
         }
     }
@@ -175,18 +159,10 @@ async fn whole_choices(
         let mut state = ChoiceState::default();
         frames.shape(&mut delta, &state);
         let prompt = frames.prompts[delta.index / frames.n].as_ref();
-        let names = TokenNames {
-            backend: &*frames.app.backend,
-            as_ids: frames.tokens_as_ids,
-        };
+        let names = TokenNames { backend: &*frames.app.backend, as_ids: frames.tokens_as_ids };
         let prompt_logprobs = prompt.and_then(|prompt| prompt.logprobs.as_deref());
-        let logprobs = frames
-            .n_logprobs
-            .map(|n_top| frames.logprobs(&delta, &mut state, n_top));
-        let (reason, stop_reason) = delta
-            .finish
-            .map(|finish| (finish.reason, finish.stop_reason))
-            .unzip();
+        let logprobs = frames.n_logprobs.map(|n_top| frames.logprobs(&delta, &mut state, n_top));
+        let (reason, stop_reason) = delta.finish.map(|finish| (finish.reason, finish.stop_reason)).unzip();
         CompletionChoice {
             index: delta.index,
             logprobs,
@@ -195,9 +171,7 @@ async fn whole_choices(
             stop_reason: stop_reason.flatten().map(wire_stop_reason),
             token_ids: frames.return_token_ids.then_some(delta.token_ids),
             prompt_logprobs: prompt_logprobs.map(|tokens| logprobs::prompt(names, tokens)),
-            prompt_token_ids: prompt
-                .filter(|_| frames.return_token_ids)
-                .map(|prompt| prompt.token_ids.to_vec()),
+            prompt_token_ids: prompt.filter(|_| frames.return_token_ids).map(|prompt| prompt.token_ids.to_vec()),
             routed_experts: None,
             weight_versions: None,
         }

@@ -16,7 +16,5 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let fields: DetokenizeFields = json::parse(&call.body)?;
     app.model_name(fields.model.as_deref())?;
     prompt::check_vocabulary(&app, "tokens", &fields.tokens)?;
-    json::response(&Detokenized {
-        prompt: app.backend.decode(&fields.tokens, false)?,
-    })
+    json::response(&Detokenized { prompt: app.backend.decode(&fields.tokens, false)? })
 }

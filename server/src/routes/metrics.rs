@@ -13,8 +13,6 @@ pub async fn answer(app: Arc<App>) -> Result<Response<Body>, ApiError> {
     let text = app.metrics.render(&app.backend.stats());
     let mut response = Response::new(full_body(text));
     let content_type = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, content_type);
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     Ok(response)
 }

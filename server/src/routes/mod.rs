@@ -45,21 +45,13 @@ pub struct Route {
 
 /// All endpoints, sorted by path.
 pub const ROUTES: &[Route] = &[
-    json("/detokenize", |app, call| {
-        Box::pin(detokenize::answer(app, call))
-    }),
+    json("/detokenize", |app, call| Box::pin(detokenize::answer(app, call))),
     probe("/health", GET, |app, _| Box::pin(health::answer(app))),
     probe("/metrics", GET, |app, _| Box::pin(metrics::answer(app))),
     probe("/ping", GET_OR_POST, |app, _| Box::pin(health::answer(app))),
-    json("/tokenize", |app, call| {
-        Box::pin(tokenize::answer(app, call))
-    }),
-    json("/v1/chat/completions", |app, call| {
-        Box::pin(chat_completions::answer(app, call))
-    }),
-    json("/v1/completions", |app, call| {
-        Box::pin(completions::answer(app, call))
-    }),
+    json("/tokenize", |app, call| Box::pin(tokenize::answer(app, call))),
+    json("/v1/chat/completions", |app, call| Box::pin(chat_completions::answer(app, call))),
+    json("/v1/completions", |app, call| Box::pin(completions::answer(app, call))),
     Route {
         path: "/v1/models",
         methods: GET,
@@ -71,27 +63,11 @@ pub const ROUTES: &[Route] = &[
 ];
 
 const fn json(path: &'static str, handler: fn(Arc<App>, Call) -> Answer) -> Route {
-    Route {
-        path,
-        methods: POST,
-        takes_json: true,
-        is_measured: true,
-        handler,
-    }
+    Route { path, methods: POST, takes_json: true, is_measured: true, handler }
 }
 
-const fn probe(
-    path: &'static str,
-    methods: &'static [Method],
-    handler: fn(Arc<App>, Call) -> Answer,
-) -> Route {
-    Route {
-        path,
-        methods,
-        takes_json: false,
-        is_measured: false,
-        handler,
-    }
+const fn probe(path: &'static str, methods: &'static [Method], handler: fn(Arc<App>, Call) -> Answer) -> Route {
+    Route { path, methods, takes_json: false, is_measured: false, handler }
 }
 
 /// The endpoint at `path`.
@@ -103,14 +79,7 @@ pub fn find(method: &Method, path: &str) -> Result<&'static Route, Option<String
     if route.methods.contains(method) {
         Ok(route)
     } else {
-        Err(Some(
-            route
-                .methods
-                .iter()
-                .map(Method::as_str)
-                .collect::<Vec<_>>()
-                .join(", "),
-        ))
+        Err(Some(route.methods.iter().map(Method::as_str).collect::<Vec<_>>().join(", ")))
     }
 }
 
@@ -121,20 +90,13 @@ mod tests {
     #[test]
     fn the_table_is_sorted_and_its_paths_are_unique() {
         assert!(ROUTES.windows(2).all(|pair| pair[0].path < pair[1].path));
-        assert!(
-            ROUTES
-                .iter()
-                .all(|route| route.path.starts_with('/') && !route.methods.is_empty())
-        );
+        assert!(ROUTES.iter().all(|route| route.path.starts_with('/') && !route.methods.is_empty()));
     }
 
     #[test]
     fn unknown_paths_and_wrong_methods_are_told_apart() {
         assert!(find(&Method::GET, "/v1/models").is_ok());
         assert_eq!(find(&Method::GET, "/v1/models/x").err(), Some(None));
-        assert_eq!(
-            find(&Method::PUT, "/ping").err(),
-            Some(Some("GET, POST".into()))
-        );
+        assert_eq!(find(&Method::PUT, "/ping").err(), Some(Some("GET, POST".into())));
     }
 }

@@ -21,13 +21,7 @@ pub async fn answer(app: Arc<App>) -> Result<Response<Body>, ApiError> {
         root: Some(info.model_path.display().to_string()),
         parent: None,
         max_model_len: Some(info.max_model_len),
-        permission: vec![ModelPermission::new(
-            format!("modelperm-{}", uuid::Uuid::new_v4().simple()),
-            info.created,
-        )],
+        permission: vec![ModelPermission::new(format!("modelperm-{}", uuid::Uuid::new_v4().simple()), info.created)],
     };
-    json::response(&ModelList {
-        object: "list".into(),
-        data: app.config.served_model_names.iter().map(card).collect(),
-    })
+    json::response(&ModelList { object: "list".into(), data: app.config.served_model_names.iter().map(card).collect() })
 }

@@ -17,9 +17,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let fields: TokenizeFields = json::parse(&call.body)?;
     app.model_name(fields.model.as_deref())?;
     let tokens = match (fields.prompt, fields.messages) {
-        (Some(text), None) => {
-            prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true)).await?
-        }
+        (Some(text), None) => prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true)).await?,
         (None, Some(messages)) => {
             if fields.chat_template.is_some() {
                 return Err(ApiError::unsupported("chat_template"));
@@ -33,21 +31,14 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
                 continue_final_message: fields.continue_final_message,
             };
             let text = chat.render(&app)?;
-            prompt::encode_chat(
-                app.clone(),
-                text,
-                fields.add_special_tokens.unwrap_or(false),
-            )
-            .await?
+            prompt::encode_chat(app.clone(), text, fields.add_special_tokens.unwrap_or(false)).await?
         }
         _ => return Err(ApiError::schema("", "give either `prompt` or `messages`")),
     };
-    let token_strs = fields.return_token_strs.unwrap_or(false).then(|| {
-        tokens
-            .iter()
-            .map(|&id| app.backend.token_piece(id).unwrap_or_default())
-            .collect()
-    });
+    let token_strs = fields
+        .return_token_strs
+        .unwrap_or(false)
+        .then(|| tokens.iter().map(|&id| app.backend.token_piece(id).unwrap_or_default()).collect());
     json::response(&Tokenized {
         count: tokens.len(),
         max_model_len: app.backend.info().max_model_len,

@@ -11,7 +11,5 @@ struct Version {
 }
 
 pub async fn answer() -> Result<Response<Body>, ApiError> {
-    json::response(&Version {
-        version: env!("CARGO_PKG_VERSION"),
-    })
+    json::response(&Version { version: env!("CARGO_PKG_VERSION") })
 }

@@ -44,38 +44,17 @@ pub struct SseBody<F> {
 
 impl<F: Frames> SseBody<F> {
     /// A body that streams `choices`, `interval` tokens a chunk; the first is never kept back.
-    pub fn new(
-        choices: Choices,
-        frames: F,
-        writer: ChunkWriter,
-        usage: UsageMeter,
-        interval: usize,
-    ) -> Self {
+    pub fn new(choices: Choices, frames: F, writer: ChunkWriter, usage: UsageMeter, interval: usize) -> Self {
         let held = vec![None; choices.n_choices()];
-        Self {
-            choices: Some(choices),
-            frames,
-            writer,
-            usage,
-            interval,
-            held,
-        }
+        Self { choices: Some(choices), frames, writer, usage, interval, held }
     }
 
     /// The response.
     pub fn into_response(self) -> Response<Body> {
-        let mut response = Response::new(Body::new(
-            self.map_err(|never: std::convert::Infallible| match never {}),
-        ));
+        let mut response = Response::new(Body::new(self.map_err(|never: std::convert::Infallible| match never {})));
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            header::HeaderValue::from_static("text/event-stream; charset=utf-8"),
-        );
-        headers.insert(
-            header::CACHE_CONTROL,
-            header::HeaderValue::from_static("no-cache"),
-        );
+        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
         // Keeps nginx from buffering the stream.
         headers.insert("x-accel-buffering", header::HeaderValue::from_static("no"));
         response
@@ -83,11 +62,7 @@ impl<F: Frames> SseBody<F> {
 
     fn delta(&mut self, delta: Delta) {
         self.usage.output(delta.index, delta.token_ids.len());
-        let delta = if self.interval > 1 {
-            self.hold(delta)
-        } else {
-            Some(delta)
-        };
+        let delta = if self.interval > 1 { self.hold(delta) } else { Some(delta) };
         if let Some(delta) = delta {
             self.frames.delta(&mut self.writer, &self.usage, delta);
         }
@@ -95,10 +70,7 @@ impl<F: Frames> SseBody<F> {
 
     /// Keeps output back until there is a chunk of it.
     fn hold(&mut self, delta: Delta) -> Option<Delta> {
-        let empty = Delta {
-            index: delta.index,
-            ..Delta::default()
-        };
+        let empty = Delta { index: delta.index, ..Delta::default() };
         match &mut self.held[delta.index] {
             first @ None => {
                 *first = Some(empty);
@@ -106,8 +78,7 @@ impl<F: Frames> SseBody<F> {
             }
             Some(held) => {
                 append(held, delta);
-                (held.finish.is_some() || held.token_ids.len() >= self.interval)
-                    .then(|| std::mem::replace(held, empty))
+                (held.finish.is_some() || held.token_ids.len() >= self.interval).then(|| std::mem::replace(held, empty))
             }
         }
     }
@@ -115,11 +86,7 @@ impl<F: Frames> SseBody<F> {
     fn finish(&mut self) {
         if self.usage.at_end {
             let usage = StreamUsage::from(self.usage.total());
-            self.writer
-                .begin()
-                .raw(r#"],"usage":"#)
-                .value(&usage)
-                .raw(r#","system_fingerprint":"#);
+            self.writer.begin().raw(r#"],"usage":"#).value(&usage).raw(r#","system_fingerprint":"#);
             self.writer.value(self.frames.system_fingerprint()).end();
         }
         self.done();
@@ -135,10 +102,7 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
         loop {
             let Some(choices) = &mut this.choices else {

@@ -35,11 +35,7 @@ pub struct ChatFrames {
 
 impl ChatFrames {
     fn roles(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter) {
-        let token_ids = self
-            .prompt
-            .as_ref()
-            .filter(|_| self.return_token_ids)
-            .map(|prompt| prompt.token_ids.as_ref());
+        let token_ids = self.prompt.as_ref().filter(|_| self.return_token_ids).map(|prompt| prompt.token_ids.as_ref());
         let n_choices = std::mem::take(&mut self.n_unstarted);
         let echo = self.echo.take();
         for index in 0..n_choices {
@@ -52,18 +48,11 @@ impl ChatFrames {
                 writer.raw(r#","usage":"#).value(&StreamUsage::from(usage));
             }
             writer.raw(r#","prompt_token_ids":"#).value(&token_ids);
-            writer
-                .raw(r#","prompt_text":"#)
-                .value(&self.prompt_text)
-                .end();
+            writer.raw(r#","prompt_text":"#).value(&self.prompt_text).end();
         }
-        for (index, text) in (0..n_choices).zip(std::iter::repeat(echo).flatten()) {
-            writer
-                .begin()
-                .raw(r#"{"index":"#)
-                .value(&index)
-                .raw(r#","delta":{"content":"#)
-                .value(&text);
+        let Some(text) = echo else { return };
+        for index in 0..n_choices {
+            writer.begin().raw(r#"{"index":"#).value(&index).raw(r#","delta":{"content":"#).value(&text);
             writer.raw(r#"},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_transfer_params":null"#).end();
         }
     }
@@ -79,16 +68,10 @@ impl Frames for ChatFrames {
             self.roles(writer, usage);
         }
         writer.begin().raw(r#"{"index":"#).value(&delta.index);
-        writer
-            .raw(r#","delta":{"content":"#)
-            .value(&delta.text)
-            .raw(r#"},"logprobs":"#);
+        writer.raw(r#","delta":{"content":"#).value(&delta.text).raw(r#"},"logprobs":"#);
         match self.n_top_logprobs {
             Some(n_top) => {
-                let names = TokenNames {
-                    backend: &*self.app.backend,
-                    as_ids: self.tokens_as_ids,
-                };
+                let names = TokenNames { backend: &*self.app.backend, as_ids: self.tokens_as_ids };
                 writer.value(&logprobs::chat(names, &delta.logprobs, n_top));
             }
             None => {
@@ -98,20 +81,14 @@ impl Frames for ChatFrames {
         write_finish(writer, delta.finish.as_ref());
         let token_ids = self.return_token_ids.then_some(&delta.token_ids);
         writer.raw(r#","token_ids":"#).value(&token_ids);
-        writer.raw(if delta.finish.is_some() {
-            r#","weight_versions":null}]"#
-        } else {
-            "}]"
-        });
+        writer.raw(if delta.finish.is_some() { r#","weight_versions":null}]"# } else { "}]" });
         if let Some(usage) = usage.so_far(delta.index) {
             writer.raw(r#","usage":"#).value(&usage);
         }
         if delta.finish.is_none() {
             writer.raw(r#","kv_transfer_params":null"#);
         } else if !usage.at_end {
-            writer
-                .raw(r#","system_fingerprint":"#)
-                .value(&self.app.system_fingerprint);
+            writer.raw(r#","system_fingerprint":"#).value(&self.app.system_fingerprint);
         }
         writer.end();
     }
@@ -129,9 +106,7 @@ fn write_finish(writer: &mut ChunkWriter, finish: Option<&Finish>) {
         }
         Some(finish) => {
             writer.raw(r#","finish_reason":"#).value(&finish.reason);
-            writer
-                .raw(r#","stop_reason":"#)
-                .value(&finish.stop_reason.clone().map(wire_stop_reason));
+            writer.raw(r#","stop_reason":"#).value(&finish.stop_reason.clone().map(wire_stop_reason));
         }
     }
 }

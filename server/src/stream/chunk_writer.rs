@@ -35,10 +35,7 @@ impl ChunkWriter {
         serde_json::to_writer(&mut bytes, &head).expect("strings and numbers are always JSON");
         bytes.pop();
         bytes.extend_from_slice(br#","choices":["#);
-        Self {
-            head: bytes,
-            out: BytesMut::with_capacity(BLOCK_BYTES),
-        }
+        Self { head: bytes, out: BytesMut::with_capacity(BLOCK_BYTES) }
     }
 
     /// Begins a chunk: everything up to and including `"choices":[`.

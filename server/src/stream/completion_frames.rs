@@ -57,44 +57,20 @@ impl CompletionFrames {
         let prompt_idx = delta.index / self.n;
         if let Some(echo) = &self.echo {
             delta.text.insert_str(0, &echo[prompt_idx]);
-            if let Some(prompt) = &self.prompts[prompt_idx] {
-                delta
-                    .token_ids
-                    .splice(0..0, prompt.token_ids.iter().copied());
-            }
         }
     }
 
     /// The log-probabilities of shaped output, those of an echoed prompt first.
-    pub fn logprobs(
-        &self,
-        delta: &Delta,
-        state: &mut ChoiceState,
-        n_top: usize,
-    ) -> CompletionLogprobs {
-        let names = TokenNames {
-            backend: &*self.app.backend,
-            as_ids: self.tokens_as_ids,
-        };
-        let prompt = self.prompts[delta.index / self.n]
-            .as_ref()
-            .filter(|_| !state.started && self.echo.is_some());
+    pub fn logprobs(&self, delta: &Delta, state: &mut ChoiceState, n_top: usize) -> CompletionLogprobs {
+        let names = TokenNames { backend: &*self.app.backend, as_ids: self.tokens_as_ids };
+        let prompt = self.prompts[delta.index / self.n].as_ref().filter(|_| !state.started && self.echo.is_some());
         let of_prompt = prompt.into_iter().flat_map(|prompt| {
             let logprobs = prompt.logprobs.iter().flatten().cloned();
             prompt.token_ids.iter().copied().zip(logprobs)
         });
-        let output = delta
-            .logprobs
-            .iter()
-            .map(|token: &TokenLogprobs| (token.token_id, Some(token.clone())));
+        let output = delta.logprobs.iter().map(|token: &TokenLogprobs| (token.token_id, Some(token.clone())));
         let mut out = CompletionLogprobs::default();
-        logprobs::push_completion(
-            names,
-            &mut out,
-            &mut state.text_offset,
-            of_prompt.chain(output),
-            n_top,
-        );
+        logprobs::push_completion(names, &mut out, &mut state.text_offset, of_prompt.chain(output), n_top);
         out
     }
 }
@@ -114,32 +90,18 @@ impl Frames for CompletionFrames {
             Some(n_top) => writer.value(&self.logprobs(&delta, &mut state, n_top)),
             None => writer.raw("null"),
         };
-        let (reason, stop_reason) = delta
-            .finish
-            .take()
-            .map(|finish| (finish.reason, finish.stop_reason))
-            .unzip();
+        let (reason, stop_reason) = delta.finish.take().map(|finish| (finish.reason, finish.stop_reason)).unzip();
         writer.raw(r#","finish_reason":"#).value(&reason);
-        writer
-            .raw(r#","stop_reason":"#)
-            .value(&stop_reason.flatten().map(wire_stop_reason));
-        let prompt = self.prompts[delta.index / self.n]
-            .as_ref()
-            .filter(|_| self.return_token_ids && !state.started);
-        writer
-            .raw(r#","prompt_token_ids":"#)
-            .value(&prompt.map(|prompt| prompt.token_ids.as_ref()));
-        writer
-            .raw(r#","token_ids":"#)
-            .value(&self.return_token_ids.then_some(&delta.token_ids));
+        writer.raw(r#","stop_reason":"#).value(&stop_reason.flatten().map(wire_stop_reason));
+        let prompt = self.prompts[delta.index / self.n].as_ref().filter(|_| self.return_token_ids && !state.started);
+        writer.raw(r#","prompt_token_ids":"#).value(&prompt.map(|prompt| prompt.token_ids.as_ref()));
+        writer.raw(r#","token_ids":"#).value(&self.return_token_ids.then_some(&delta.token_ids));
         writer.raw(r#","weight_versions":null}]"#);
         if let Some(usage) = usage.so_far(delta.index) {
             writer.raw(r#","usage":"#).value(&usage);
         }
         if reason.is_some() && !usage.at_end {
-            writer
-                .raw(r#","system_fingerprint":"#)
-                .value(&self.app.system_fingerprint);
+            writer.raw(r#","system_fingerprint":"#).value(&self.app.system_fingerprint);
         }
         writer.end();
         state.started = true;

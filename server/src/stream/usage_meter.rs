@@ -24,16 +24,10 @@ pub struct UsageMeter {
 
 impl UsageMeter {
     /// A meter for `n_prompts` prompts of `n` choices each.
-    pub fn new(
-        config: &AppConfig,
-        options: Option<StreamOptions>,
-        n_prompts: usize,
-        n: usize,
-    ) -> Self {
+    pub fn new(config: &AppConfig, options: Option<StreamOptions>, n_prompts: usize, n: usize) -> Self {
         let options = options.unwrap_or_default();
         let at_end = config.enable_force_include_usage || options.include_usage == Some(true);
-        let continuous =
-            config.enable_force_include_usage || options.continuous_usage_stats == Some(true);
+        let continuous = config.enable_force_include_usage || options.continuous_usage_stats == Some(true);
         Self {
             n,
             prompt_lens: vec![0; n_prompts],
@@ -61,25 +55,16 @@ impl UsageMeter {
 
     /// One choice so far, if wanted on every chunk.
     pub fn so_far(&self, choice_idx: usize) -> Option<StreamUsage> {
-        self.continuous.then(|| {
-            Usage::new(
-                self.prompt_lens[choice_idx / self.n],
-                self.completion_lens[choice_idx],
-            )
-            .into()
-        })
+        self.continuous
+            .then(|| Usage::new(self.prompt_lens[choice_idx / self.n], self.completion_lens[choice_idx]).into())
     }
 
     /// Everything.
     pub fn total(&self) -> Usage {
-        let mut usage = Usage::new(
-            self.prompt_lens.iter().sum(),
-            self.completion_lens.iter().sum(),
-        );
-        usage.prompt_tokens_details = self.with_details.then(|| PromptTokensDetails {
-            cached_tokens: self.n_cached,
-            ..PromptTokensDetails::default()
-        });
+        let mut usage = Usage::new(self.prompt_lens.iter().sum(), self.completion_lens.iter().sum());
+        usage.prompt_tokens_details = self
+            .with_details
+            .then(|| PromptTokensDetails { cached_tokens: self.n_cached, ..PromptTokensDetails::default() });
         usage
     }
 }

@@ -13,7 +13,8 @@ use libloading::{Library, Symbol};
 use super::Finding;
 
 const LIBRARY_REMEDY: &str = "install the CUDA toolkit 12.4 or later (Debian, Ubuntu: `apt install cuda-toolkit` from NVIDIA's repository), or put the library's folder on LD_LIBRARY_PATH";
-const DRIVER_REMEDY: &str = "install NVIDIA's driver (Ubuntu: `ubuntu-drivers install`) and reboot; in a container start it with `--gpus all`";
+const DRIVER_REMEDY: &str =
+    "install NVIDIA's driver (Ubuntu: `ubuntu-drivers install`) and reboot; in a container start it with `--gpus all`";
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `..._MINOR` of cuda.h.
 const COMPUTE_CAPABILITY: [c_int; 2] = [75, 76];
 
@@ -38,14 +39,8 @@ pub fn probe() -> Probe {
     let cublas_lt = library("cuBLASLt", "libcublasLt.so");
     let device = if devices.is_empty() {
         let visible = env::var("CUDA_VISIBLE_DEVICES");
-        let found = visible.map_or(String::new(), |visible| {
-            format!("none; CUDA_VISIBLE_DEVICES={visible}")
-        });
-        Finding::missing(
-            "GPUs",
-            found,
-            "needs an NVIDIA GPU, its driver, and an index in CUDA_VISIBLE_DEVICES",
-        )
+        let found = visible.map_or(String::new(), |visible| format!("none; CUDA_VISIBLE_DEVICES={visible}"));
+        Finding::missing("GPUs", found, "needs an NVIDIA GPU, its driver, and an index in CUDA_VISIBLE_DEVICES")
     } else {
         Finding::found("GPUs", devices.join("\n"))
     };
@@ -60,10 +55,7 @@ pub fn probe() -> Probe {
 
 fn kernel_module() -> Finding {
     match fs::read_to_string("/proc/driver/nvidia/version") {
-        Ok(text) => Finding::found(
-            "NVIDIA kernel module",
-            text.lines().next().unwrap_or_default().trim(),
-        ),
+        Ok(text) => Finding::found("NVIDIA kernel module", text.lines().next().unwrap_or_default().trim()),
         Err(_) => Finding::missing("NVIDIA kernel module", "", DRIVER_REMEDY),
     }
 }
@@ -74,19 +66,13 @@ fn driver() -> Result<(Finding, Vec<String>), Finding> {
     // SAFETY: libcuda's initialisers are those of NVIDIA's driver, which every CUDA program runs.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|_| Finding::missing(ITEM, "", format!("libcuda.so.1: {DRIVER_REMEDY}")))?;
-    let failed = |what: &str, code: c_int| {
-        Finding::missing(
-            ITEM,
-            format!("{what} failed: CUDA error {code}"),
-            DRIVER_REMEDY,
-        )
-    };
+    let failed =
+        |what: &str, code: c_int| Finding::missing(ITEM, format!("{what} failed: CUDA error {code}"), DRIVER_REMEDY);
     let old = |error: libloading::Error| Finding::missing(ITEM, error.to_string(), DRIVER_REMEDY);
     // SAFETY: the types are those of cuda.h (driver API, stable since CUDA 3.2); all pointers are to
     // live locals of the size that each call writes.
     unsafe {
-        let init: Symbol<'_, unsafe extern "C" fn(c_uint) -> c_int> =
-            library.get(b"cuInit\0").map_err(old)?;
+        let init: Symbol<'_, unsafe extern "C" fn(c_uint) -> c_int> = library.get(b"cuInit\0").map_err(old)?;
         let version: Symbol<'_, unsafe extern "C" fn(*mut c_int) -> c_int> =
             library.get(b"cuDriverGetVersion\0").map_err(old)?;
         let count: Symbol<'_, unsafe extern "C" fn(*mut c_int) -> c_int> =
@@ -96,10 +82,7 @@ fn driver() -> Result<(Finding, Vec<String>), Finding> {
             0 => {}
             code => return Err(failed("cuDriverGetVersion", code)),
         }
-        let finding = Finding::found(
-            ITEM,
-            format!("supports CUDA {}.{}", number / 1000, number % 1000 / 10),
-        );
+        let finding = Finding::found(ITEM, format!("supports CUDA {}.{}", number / 1000, number % 1000 / 10));
         match init(0) {
             0 => {}
             // CUDA_ERROR_NO_DEVICE: the driver is fine.
@@ -111,10 +94,7 @@ fn driver() -> Result<(Finding, Vec<String>), Finding> {
             0 => {}
             code => return Err(failed("cuDeviceGetCount", code)),
         }
-        let devices = (0..n_devices)
-            .map(|idx| device(&library, idx))
-            .collect::<Result<_, _>>()
-            .map_err(old)?;
+        let devices = (0..n_devices).map(|idx| device(&library, idx)).collect::<Result<_, _>>().map_err(old)?;
         Ok((finding, devices))
     }
 }
@@ -139,48 +119,31 @@ unsafe fn device(library: &Library, idx: c_int) -> Result<String, libloading::Er
         }
         let name = CStr::from_ptr(text.as_ptr()).to_string_lossy();
         let gib = bytes as f64 / (1_u64 << 30) as f64;
-        Ok(format!(
-            "cuda:{idx} {name}, {gib:.1} GiB, compute capability {}.{}",
-            capability[0], capability[1]
-        ))
+        Ok(format!("cuda:{idx} {name}, {gib:.1} GiB, compute capability {}.{}", capability[0], capability[1]))
     }
 }
 
 fn toolkit() -> Finding {
     let nvcc = library_folders().into_iter().filter_map(|folder| {
         let root = folder.parent()?;
-        let root = if folder.ends_with("lib") || folder.ends_with("lib64") {
-            root
-        } else {
-            root.parent()?.parent()?
-        };
+        let root = if folder.ends_with("lib") || folder.ends_with("lib64") { root } else { root.parent()?.parent()? };
         root.join("bin/nvcc").is_file().then(|| root.to_owned())
     });
     match nvcc.into_iter().next() {
         Some(root) => {
-            let version = fs::read_to_string(root.join("version.json"))
-                .ok()
-                .and_then(|text| {
-                    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
-                    json.pointer("/cuda/version")?.as_str().map(str::to_owned)
-                });
-            Finding::found(
-                "CUDA toolkit",
-                format!("{} {}", version.unwrap_or_default(), root.display()).trim(),
-            )
+            let version = fs::read_to_string(root.join("version.json")).ok().and_then(|text| {
+                let json: serde_json::Value = serde_json::from_str(&text).ok()?;
+                json.pointer("/cuda/version")?.as_str().map(str::to_owned)
+            });
+            Finding::found("CUDA toolkit", format!("{} {}", version.unwrap_or_default(), root.display()).trim())
         }
         // Only its libraries are needed.
-        None => Finding::found(
-            "CUDA toolkit",
-            "not found (not needed: Ember compiles its kernels with NVRTC)",
-        ),
+        None => Finding::found("CUDA toolkit", "not found (not needed: Ember compiles its kernels with NVRTC)"),
     }
 }
 
 fn library(item: &'static str, prefix: &str) -> Finding {
-    let in_folders = library_folders()
-        .into_iter()
-        .find_map(|folder| in_folder(&folder, prefix));
+    let in_folders = library_folders().into_iter().find_map(|folder| in_folder(&folder, prefix));
     match in_folders.or_else(|| in_loader_cache(prefix)) {
         Some(path) => Finding::found(item, path.display().to_string()),
         None => Finding::missing(item, "", format!("{prefix}: {LIBRARY_REMEDY}")),
@@ -189,22 +152,15 @@ fn library(item: &'static str, prefix: &str) -> Finding {
 
 /// Folders that may hold CUDA's libraries, in the loader's order.
 fn library_folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = env::var_os("LD_LIBRARY_PATH")
-        .map(|paths| env::split_paths(&paths).collect())
-        .unwrap_or_default();
-    let mut roots: Vec<PathBuf> = ["CUDA_PATH", "CUDA_HOME"]
-        .into_iter()
-        .filter_map(env::var_os)
-        .map(PathBuf::from)
-        .collect();
+    let mut folders: Vec<PathBuf> =
+        env::var_os("LD_LIBRARY_PATH").map(|paths| env::split_paths(&paths).collect()).unwrap_or_default();
+    let mut roots: Vec<PathBuf> =
+        ["CUDA_PATH", "CUDA_HOME"].into_iter().filter_map(env::var_os).map(PathBuf::from).collect();
     let mut installed: Vec<PathBuf> = fs::read_dir("/usr/local")
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("cuda"))
-        })
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cuda")))
         .collect();
     // `cuda` and then the newest version.
     installed.sort();
@@ -213,38 +169,19 @@ fn library_folders() -> Vec<PathBuf> {
     }
     roots.extend(installed);
     for root in roots {
-        folders.extend(
-            [
-                "lib64",
-                "lib",
-                "targets/x86_64-linux/lib",
-                "targets/sbsa-linux/lib",
-            ]
-            .map(|lib| root.join(lib)),
-        );
+        folders
+            .extend(["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|lib| root.join(lib)));
     }
     folders.extend(
-        [
-            "/usr/lib/x86_64-linux-gnu",
-            "/usr/lib/aarch64-linux-gnu",
-            "/usr/lib64",
-            "/usr/lib/wsl/lib",
-        ]
-        .map(PathBuf::from),
+        ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"]
+            .map(PathBuf::from),
     );
     folders
 }
 
 fn in_folder(folder: &Path, prefix: &str) -> Option<PathBuf> {
-    let names = fs::read_dir(folder)
-        .ok()?
-        .filter_map(|entry| Some(entry.ok()?.path()));
-    names
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(prefix))
-        })
-        .max()
+    let names = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    names.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))).max()
 }
 
 /// Looks into what `ldconfig` knows: a table of zero-terminated strings among other data.
@@ -255,11 +192,7 @@ fn in_loader_cache(prefix: &str) -> Option<PathBuf> {
         .filter_map(|text| std::str::from_utf8(text).ok())
         .filter(|text| text.starts_with('/'))
         .map(PathBuf::from)
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(prefix))
-                && path.exists()
-        })
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)) && path.exists())
 }
 
 #[cfg(test)]
@@ -270,16 +203,9 @@ mod tests {
     fn the_newest_library_of_a_folder_is_found() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(in_folder(folder.path(), "libnvrtc.so"), None);
-        for name in [
-            "libnvrtc.so.12",
-            "libnvrtc.so.13",
-            "libnvrtc-builtins.so.13",
-        ] {
+        for name in ["libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc-builtins.so.13"] {
             fs::write(folder.path().join(name), "").unwrap();
         }
-        assert_eq!(
-            in_folder(folder.path(), "libnvrtc.so"),
-            Some(folder.path().join("libnvrtc.so.13"))
-        );
+        assert_eq!(in_folder(folder.path(), "libnvrtc.so"), Some(folder.path().join("libnvrtc.so.13")));
     }
 }

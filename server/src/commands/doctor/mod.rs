@@ -3,7 +3,7 @@
 mod cuda;
 mod host;
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
@@ -12,6 +12,9 @@ use serde::Serialize;
 
 use super::engine_args::{check_device, parse_device};
 use crate::Error;
+
+/// Width of the table in characters.
+const WIDTH: u16 = 110;
 
 /// Options of `ember doctor`, as typed.
 #[derive(Debug, Args)]
@@ -38,19 +41,11 @@ pub struct Finding {
 
 impl Finding {
     fn found(item: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            item,
-            found: found.into(),
-            remedy: None,
-        }
+        Self { item, found: found.into(), remedy: None }
     }
 
     fn missing(item: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self {
-            item,
-            found: found.into(),
-            remedy: Some(remedy.into()),
-        }
+        Self { item, found: found.into(), remedy: Some(remedy.into()) }
     }
 }
 
@@ -74,26 +69,18 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, Error> {
     if cfg!(feature = "cuda") && cuda.is_complete {
         usable_devices.extend((0..cuda.n_devices).map(|idx| format!("cuda:{idx}")));
     }
-    let report = Report {
-        findings,
-        usable_devices,
-    };
+    let report = Report { findings, usable_devices };
+    let mut out = std::io::stdout().lock();
     if args.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&report).map_err(std::io::Error::from)?
-        );
+        writeln!(out, "{}", serde_json::to_string_pretty(&report).map_err(std::io::Error::from)?)?;
     } else {
-        print_table(&report);
+        writeln!(out, "{}\n\nEmber can serve on: {}", table(&report), report.usable_devices.join(", "))?;
     }
     check_device(args.device)?;
     if let DeviceChoice::Cuda(idx) = args.device
         && !report.usable_devices.contains(&format!("cuda:{idx}"))
     {
-        return Err(Error::config(
-            "--device",
-            format!("cuda:{idx} cannot serve here; see what is missing above"),
-        ));
+        return Err(Error::config("--device", format!("cuda:{idx} cannot serve here; see what is missing above")));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -111,26 +98,14 @@ fn build_finding() -> Finding {
     }
 }
 
-fn print_table(report: &Report) {
+fn table(report: &Report) -> Table {
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_width(WIDTH);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["item", "found", "to do"]);
     for finding in &report.findings {
-        let found = if finding.found.is_empty() {
-            "not found"
-        } else {
-            &finding.found
-        };
-        table.add_row([
-            finding.item,
-            found,
-            finding.remedy.as_deref().unwrap_or("-"),
-        ]);
+        let found = if finding.found.is_empty() { "not found" } else { &finding.found };
+        table.add_row([finding.item, found, finding.remedy.as_deref().unwrap_or("-")]);
     }
-    println!(
-        "{table}\n\nEmber can serve on: {}",
-        report.usable_devices.join(", ")
-    );
+    table
 }

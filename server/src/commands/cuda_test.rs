@@ -1,0 +1,35 @@
+//! `ember cuda-test`: the CUDA executor's self-test, for a machine that has nothing but the binary.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::Error;
+
+/// Arguments of `ember cuda-test`.
+#[derive(Debug, Args)]
+pub struct CudaTestArgs {
+    /// Index of the device, after CUDA_VISIBLE_DEVICES.
+    #[arg(long, default_value_t = 0)]
+    device: usize,
+}
+
+/// Runs the self-test and prints its report; fails if a kernel is wrong.
+///
+/// # Errors
+/// What the device or its libraries lack.
+#[cfg(feature = "cuda")]
+pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
+    let report = ember_engine::executors::cuda::self_test(args.device)?;
+    println!("{report}");
+    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Says that this build cannot.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "cuda"))]
+pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
+    Err(Error::config("--device", format!("no cuda:{} in this build; build with `--features cuda`", args.device)))
+}

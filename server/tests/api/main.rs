@@ -1,0 +1,8 @@
+//! The server as a tower service, without a socket (but for draining), against an engine whose
+//! output is known.
+
+mod contract;
+mod fake;
+mod lifecycle;
+mod snapshots;
+mod streaming;
