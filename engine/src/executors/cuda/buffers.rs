@@ -1,6 +1,6 @@
 //! [`StepBuffers`]: activations and step state, allocated once for the largest step.
 
-use super::{device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer};
+use super::{device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, tensor_map::TensorMap};
 use crate::{Error, decoder::DecoderSpec};
 
 /// Sizes of the largest step.
@@ -88,6 +88,8 @@ impl StepBuffers {
 pub(super) struct KvCache {
     /// Keys and values of each layer, bf16 `[n_pages, n_kv_heads, 16, head_dim]`.
     pub(super) layers: Vec<(DeviceBuffer, DeviceBuffer)>,
+    /// The same for Hopper's copy engine; empty on other devices.
+    pub(super) maps: Vec<(TensorMap, TensorMap)>,
 }
 
 impl KvCache {
@@ -95,8 +97,14 @@ impl KvCache {
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, n_pages: usize) -> Result<Self, Error> {
         let n_bytes = n_pages * page_bytes(spec);
         let cache = || DeviceBuffer::zeroed(gpu, n_bytes, "a layer's KV cache");
-        let layers = (0..spec.n_layers).map(|_| Ok((cache()?, cache()?))).collect::<Result<_, Error>>()?;
-        Ok(Self { layers })
+        let layers = (0..spec.n_layers).map(|_| Ok((cache()?, cache()?))).collect::<Result<Vec<_>, Error>>()?;
+        let n_rows = n_pages * spec.n_kv_heads * crate::step::PAGE_SIZE;
+        let map = |cache: &DeviceBuffer| TensorMap::of_cache(cache.ptr(), n_rows, spec.head_dim);
+        let maps = match gpu.is_hopper() {
+            true => layers.iter().map(|(k, v)| Ok((map(k)?, map(v)?))).collect::<Result<_, Error>>()?,
+            false => Vec::new(),
+        };
+        Ok(Self { layers, maps })
     }
 }
 

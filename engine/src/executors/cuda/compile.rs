@@ -38,6 +38,7 @@ sources! {
     GEMV = "gemv";
     DECODE_ATTENTION = "decode_attention";
     PREFILL_ATTENTION = "prefill_attention";
+    PREFILL_ATTENTION_SM90 = "prefill_attention_sm90";
     DUMMY_WEIGHTS = "dummy_weights";
     SAMPLE = "sample";
 }

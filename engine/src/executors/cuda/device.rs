@@ -60,6 +60,11 @@ impl Gpu {
         Ok(Self { context, stream, client, burn_device, name, capability, n_sms, max_shared })
     }
 
+    /// Whether kernels written for Hopper alone run on this device.
+    pub(super) fn is_hopper(&self) -> bool {
+        self.capability == (9, 0)
+    }
+
     /// NVRTC's name of the architecture; on Hopper the one with its own instructions.
     pub(super) fn arch(&self) -> String {
         match self.capability {

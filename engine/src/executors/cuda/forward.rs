@@ -8,7 +8,7 @@ use super::{
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
-    kernel::Arg::{Float, Int, Ptr},
+    kernel::Arg::{Float, Int, Map, Ptr},
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
     ops::{GEMV_ROWS, Gemv, Ops},
@@ -247,7 +247,7 @@ impl Forward {
             Ptr(b.counters.ptr()),
             Int(self.max_blocks as i32),
             Int(self.window()),
-            Int(self.ops.min_pages()),
+            Int(self.ops.min_pages(n_seqs)),
             Float(self.scale()),
         ];
         let kernel = &self.ops.decode_attention_rope;
@@ -272,7 +272,7 @@ impl Forward {
             Ptr(b.counters.ptr()),
             Int(self.max_blocks as i32),
             Int(self.window()),
-            Int(self.ops.min_pages()),
+            Int(self.ops.min_pages(n_seqs)),
             Float(self.scale()),
         ];
         let kernel = &self.ops.decode_attention;
@@ -284,22 +284,26 @@ impl Forward {
             return Ok(());
         }
         let b = &self.buffers;
-        let (k, v) = &self.kv.layers[layer];
-        let args = [
-            Ptr(b.qkv.ptr()),
-            Ptr(k.ptr()),
-            Ptr(v.ptr()),
-            Ptr(b.attn_out.ptr()),
-            Ptr(self.input(self.layout.cu_seqlens)),
-            Ptr(self.input(self.layout.context_lens)),
-            Ptr(b.block_tables.ptr()),
-            Int(self.max_blocks as i32),
-            Ptr(self.input(self.layout.tiles)),
-            Float(self.scale()),
-            Int(self.window()),
-        ];
+        let (qkv, out) = (Ptr(b.qkv.ptr()), Ptr(b.attn_out.ptr()));
+        let cu_seqlens = Ptr(self.input(self.layout.cu_seqlens));
+        let context_lens = Ptr(self.input(self.layout.context_lens));
+        let (block_tables, max_blocks) = (Ptr(b.block_tables.ptr()), Int(self.max_blocks as i32));
+        let tiles = Ptr(self.input(self.layout.tiles));
+        let (scale, window) = (Float(self.scale()), Int(self.window()));
         let kernel = &self.ops.prefill_attention;
-        kernel.launch(gpu.cu_stream(), self.ops.prefill_attention_launch(n_tiles), &args)
+        let launch = self.ops.prefill_attention_launch(n_tiles);
+        if let Some((k, v)) = self.kv.maps.get(layer) {
+            let (n_tiles, n_kv) = (Int(n_tiles as i32), Int(self.spec.n_kv_heads as i32));
+            let args = [
+                Map(k), Map(v), qkv, out, cu_seqlens, context_lens, block_tables, max_blocks, tiles, n_tiles, n_kv,
+                scale, window,
+            ];
+            return kernel.launch(gpu.cu_stream(), launch, &args);
+        }
+        let (k, v) = &self.kv.layers[layer];
+        let (k, v) = (Ptr(k.ptr()), Ptr(v.ptr()));
+        let args = [qkv, k, v, out, cu_seqlens, context_lens, block_tables, max_blocks, tiles, scale, window];
+        kernel.launch(gpu.cu_stream(), launch, &args)
     }
 
     fn scale(&self) -> f32 {

@@ -7,7 +7,7 @@ use std::{
 
 use cudarc::driver::sys;
 
-use super::status::Check;
+use super::{status::Check, tensor_map::TensorMap};
 use crate::Error;
 
 /// Loaded machine code, unloaded when the last [`Kernel`] of it is dropped.
@@ -47,6 +47,8 @@ pub(super) enum Arg {
     Float(f32),
     /// `unsigned long long`.
     Long(u64),
+    /// A tensor map, by value; it must outlive the launch call.
+    Map(*const TensorMap),
 }
 
 /// How many threads, and how they start.
@@ -77,6 +79,11 @@ impl Kernel {
             // SAFETY: the module is alive and the name is NUL-terminated.
             unsafe { sys::cuModuleGetFunction(&mut function, module.0, c_name.as_ptr()) }
                 .check(&format!("cuModuleGetFunction({name})"))?;
+            // The same split of the L1 cache for all: a multiprocessor must run dry to change it.
+            let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // SAFETY: the function is alive.
+            unsafe { sys::cuFuncSetAttribute(function, carveout, 100) }
+                .check(&format!("cuFuncSetAttribute({name}, shared memory carveout)"))?;
             kernels.push(Self { function, name, _module: module.clone() });
         }
         Ok(kernels.try_into().unwrap_or_else(|_| unreachable!("one kernel for each name")))
@@ -90,17 +97,6 @@ impl Kernel {
             .check(&format!("cuFuncSetAttribute({}, {n_bytes} bytes of shared memory)", self.name))
     }
 
-    /// Blocks of `block` threads and `shared_bytes` that one multiprocessor holds at a time.
-    pub(super) fn blocks_per_sm(&self, block: u32, shared_bytes: u32) -> Result<u32, Error> {
-        let mut n = 0;
-        // SAFETY: the function is alive and `n` a valid place for the result.
-        unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut n, self.function, block as i32, shared_bytes as usize)
-        }
-        .check("cuOccupancyMaxActiveBlocksPerMultiprocessor")?;
-        Ok(n.max(1) as u32)
-    }
-
     /// Enqueues the kernel. `args` must be what its signature says; a grid of no blocks is no launch.
     pub(super) fn launch(&self, stream: sys::CUstream, launch: Launch, args: &[Arg]) -> Result<(), Error> {
         if launch.grid.contains(&0) {
@@ -112,6 +108,8 @@ impl Kernel {
                 Arg::Ptr(v) | Arg::Long(v) => std::ptr::from_ref(v).cast_mut().cast(),
                 Arg::Int(v) => std::ptr::from_ref(v).cast_mut().cast(),
                 Arg::Float(v) => std::ptr::from_ref(v).cast_mut().cast(),
+                // SAFETY: the caller keeps the map alive during the call.
+                Arg::Map(map) => unsafe { (**map).as_param() },
             };
         }
         // SAFETY: all zeros is a valid attribute; its value is set below.

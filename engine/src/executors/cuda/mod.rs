@@ -28,6 +28,7 @@ mod sampling;
 mod selftest;
 mod setup;
 mod status;
+mod tensor_map;
 
 pub use executor::CudaExecutor;
 pub use selftest::{SelfTestReport, self_test};

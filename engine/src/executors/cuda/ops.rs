@@ -10,17 +10,19 @@ use crate::{Error, decoder::DecoderSpec};
 
 /// Threads of an elementwise block.
 const ELEMENTWISE: u32 = 256;
-/// Warps of a GEMV block and 16-byte chunks of a stage's row: the kernel's own defaults.
-const GEMV_WARPS: usize = 8;
+/// Warps of a GEMV block, 16-byte chunks of a stage's row, stages of a warp's ring: the fastest of those timed on an
+/// H100 (docs/log.md). One block a multiprocessor.
+const GEMV_WARPS: usize = 16;
 const GEMV_CHUNKS: usize = 8;
+const GEMV_STAGES: usize = 3;
 /// Most rows of a GEMV.
 pub(super) const GEMV_ROWS: usize = 8;
-/// Warps of a decode attention block, and the pages that make a split worth its while: one a warp.
+/// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
-/// Decode attention blocks aimed at on each multiprocessor.
-const DECODE_BLOCKS_PER_SM: usize = 4;
-/// Most splits of a context.
-const MAX_SPLITS: usize = 64;
+/// Stages of Hopper prefill attention's ring, its block, and query rows of a tile.
+const HOPPER_STAGES: usize = 3;
+const HOPPER_BLOCK: u32 = 384;
+const HOPPER_ROWS: usize = 128;
 
 /// A GEMV and its grid.
 pub(super) struct Gemv {
@@ -45,6 +47,8 @@ pub(super) struct Ops {
     pub(super) gemv_logits: Gemv,
     /// Whether kernels start before the one ahead of them has ended.
     dependent: bool,
+    /// Whether prefill attention is the one written for Hopper.
+    hopper: bool,
     n_sms: usize,
     hidden: usize,
     n_heads: usize,
@@ -53,10 +57,11 @@ pub(super) struct Ops {
 }
 
 /// The variants to compile, in the order that [`Ops::new`] takes them.
-pub(super) fn variants(spec: &DecoderSpec, n_stages: usize) -> Vec<Variant> {
+pub(super) fn variants(spec: &DecoderSpec, n_stages: usize, hopper: bool) -> Vec<Variant> {
     let (head_dim, group) = (spec.head_dim, spec.n_heads / spec.n_kv_heads);
     let gemv = |kind: &str, k: usize| {
-        let macros = [(kind, 1), ("K", k), ("WARPS_K", warps_k(k, n_stages)), ("STAGES", n_stages)];
+        let macros =
+            [(kind, 1), ("K", k), ("WARPS", GEMV_WARPS), ("WARPS_K", warps_k(k, n_stages)), ("STAGES", n_stages)];
         Variant::new(&compile::GEMV, &macros)
     };
     let (q, h, inter) = (spec.n_heads * head_dim, spec.hidden_size, spec.intermediate_size);
@@ -72,7 +77,13 @@ pub(super) fn variants(spec: &DecoderSpec, n_stages: usize) -> Vec<Variant> {
         },
         Variant::new(&compile::SILU_MUL, &[]),
         Variant::new(&compile::DECODE_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS)]),
-        Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
+        match hopper {
+            true => Variant::new(
+                &compile::PREFILL_ATTENTION_SM90,
+                &[("HEAD_DIM", head_dim), ("GROUP", group), ("STAGES", HOPPER_STAGES)],
+            ),
+            false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
+        },
         gemv("GEMV_NORM", h),
         gemv("GEMV_RESIDUAL", q),
         gemv("GEMV_GATE_UP", h),
@@ -93,7 +104,7 @@ fn warps_k(k: usize, n_stages: usize) -> usize {
 
 /// Stages of a GEMV's ring, for blocks of at most `max_shared` bytes.
 fn gemv_stages(max_shared: u32) -> usize {
-    if gemv_shared(6, GEMV_ROWS) <= max_shared { 6 } else { 4 }
+    if gemv_shared(GEMV_STAGES, GEMV_ROWS) <= max_shared { GEMV_STAGES } else { GEMV_STAGES - 1 }
 }
 
 /// Dynamic shared memory of a GEMV block.
@@ -102,15 +113,20 @@ fn gemv_shared(n_stages: usize, n_rows: usize) -> u32 {
 }
 
 /// Dynamic shared memory of a prefill attention block.
-fn prefill_shared(head_dim: usize) -> u32 {
-    (128 + 2 * 64) * if head_dim <= 64 { 128 } else { 256 }
+fn prefill_shared(head_dim: usize, hopper: bool) -> u32 {
+    let row_bytes = if head_dim <= 64 { 128 } else { 256 };
+    match hopper {
+        true => 1024 + (HOPPER_ROWS + 2 * HOPPER_STAGES * 128) as u32 * row_bytes + 256,
+        false => (128 + 2 * 64) * row_bytes,
+    }
 }
 
 impl Ops {
     /// Compiles (or takes from the cache) and loads all kernels.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Self, Error> {
         let n_stages = gemv_stages(gpu.max_shared);
-        let cubins = compile::compile(&variants(spec, n_stages), &gpu.arch())?;
+        let hopper = gpu.is_hopper();
+        let cubins = compile::compile(&variants(spec, n_stages, hopper), &gpu.arch())?;
         gpu.bind()?;
         let one = |i: usize, name: &'static str| -> Result<Kernel, Error> {
             let [kernel] = Kernel::load(&cubins[i], [name])?;
@@ -118,15 +134,14 @@ impl Ops {
         };
         let [decode_attention, decode_attention_rope] =
             Kernel::load(&cubins[4], ["decode_attention", "decode_attention_rope"])?;
-        let prefill_attention = one(5, "prefill_attention")?;
-        prefill_attention.allow_shared(prefill_shared(spec.head_dim))?;
+        let prefill_attention = one(5, if hopper { "prefill_attention_sm90" } else { "prefill_attention" })?;
+        prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
         // `n_out` rows of weights; a tile is 16.
         let gemv = |i: usize, name: &'static str, n_out: usize, k: usize| -> Result<Gemv, Error> {
             let kernel = one(i, name)?;
             kernel.allow_shared(gemv_shared(n_stages, GEMV_ROWS))?;
-            let resident = kernel.blocks_per_sm(GEMV_WARPS as u32 * 32, gemv_shared(n_stages, 1))? * gpu.n_sms;
             let n_tiles = n_out.div_ceil(16).div_ceil(GEMV_WARPS / warps_k(k, n_stages));
-            Ok(Gemv { kernel, n_blocks: resident.min(n_tiles as u32), n_stages })
+            Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), n_stages })
         };
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
         let (h, inter) = (spec.hidden_size, spec.intermediate_size);
@@ -144,6 +159,7 @@ impl Ops {
             gemv_down: gemv(9, "gemv_residual", h, inter)?,
             gemv_logits: gemv(10, "gemv_logits", spec.vocab_size, h)?,
             dependent: gpu.capability.0 >= 9,
+            hopper,
             n_sms: gpu.n_sms as usize,
             hidden: h,
             n_heads: spec.n_heads,
@@ -194,19 +210,24 @@ impl Ops {
     /// For both decode attentions.
     pub(super) fn decode_attention_launch(&self, n_seqs: usize) -> Launch {
         let kv_tiles = kv_tiles(self.n_heads, self.n_kv);
-        let grid = [n_splits(n_seqs, kv_tiles, self.n_sms) as u32, kv_tiles as u32, n_seqs as u32];
+        let grid = [splits(n_seqs, kv_tiles, self.n_sms).n as u32, kv_tiles as u32, n_seqs as u32];
         self.launch(grid, DECODE_WARPS as u32 * 32)
     }
 
-    /// Fewest pages of a split.
-    pub(super) fn min_pages(&self) -> i32 {
-        DECODE_WARPS as i32
+    /// Fewest pages of a split, for both decode attentions.
+    pub(super) fn min_pages(&self, n_seqs: usize) -> i32 {
+        splits(n_seqs, kv_tiles(self.n_heads, self.n_kv), self.n_sms).min_pages as i32
     }
 
     /// For `prefill_attention`.
     pub(super) fn prefill_attention_launch(&self, n_tiles: usize) -> Launch {
-        let shared_bytes = prefill_shared(self.head_dim);
-        Launch { shared_bytes, ..self.launch([self.n_kv as u32, n_tiles as u32, 1], 128) }
+        let shared_bytes = prefill_shared(self.head_dim, self.hopper);
+        let launch = match self.hopper {
+            // Persistent blocks share the tiles out.
+            true => self.launch([(n_tiles * self.n_kv).min(self.n_sms) as u32, 1, 1], HOPPER_BLOCK),
+            false => self.launch([self.n_kv as u32, n_tiles as u32, 1], 128),
+        };
+        Launch { shared_bytes, ..launch }
     }
 }
 
@@ -214,15 +235,30 @@ fn kv_tiles(n_heads: usize, n_kv: usize) -> usize {
     n_kv * (n_heads / n_kv).div_ceil(HEADS_PER_TILE)
 }
 
-/// Parts that decode attention cuts each context into: enough blocks to fill the device.
-fn n_splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> usize {
-    (n_sms * DECODE_BLOCKS_PER_SM).div_ceil(n_seqs * kv_tiles).clamp(1, MAX_SPLITS)
+/// How decode attention cuts each context.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Splits {
+    /// Parts of a context, at most.
+    n: usize,
+    /// Pages of a part, at least.
+    min_pages: usize,
+}
+
+/// Enough parts to fill the device with few sequences; with many, only long contexts are cut, so that one of them
+/// among short ones does not keep the others waiting. The fastest of those timed on an H100 (docs/log.md).
+fn splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> Splits {
+    let n_blocks = n_seqs * kv_tiles;
+    match n_seqs {
+        ..=8 => Splits { n: (2 * n_sms / n_blocks).clamp(4, 64), min_pages: DECODE_WARPS },
+        ..=16 => Splits { n: 8, min_pages: 16 },
+        _ => Splits { n: 4, min_pages: 32 },
+    }
 }
 
 /// Most splits of all sequences together, for batches to `max_seqs`.
 pub(super) fn max_seq_splits(spec: &DecoderSpec, max_seqs: usize, n_sms: u32) -> usize {
     let kv_tiles = kv_tiles(spec.n_heads, spec.n_kv_heads);
-    (1..=max_seqs).map(|n| n * n_splits(n, kv_tiles, n_sms as usize)).max().unwrap_or(1)
+    (1..=max_seqs).map(|n| n * splits(n, kv_tiles, n_sms as usize).n).max().unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -231,13 +267,11 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device_and_no_more() {
-        assert_eq!(n_splits(1, 8, 132), 64);
-        assert_eq!(n_splits(16, 8, 132), 5);
-        assert_eq!(n_splits(256, 8, 132), 1);
+        assert_eq!([1, 4, 8, 16, 256].map(|n| splits(n, 8, 132).n), [33, 8, 4, 8, 4]);
     }
 
     #[test]
     fn warps_share_long_rows_only() {
-        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(|k| warps_k(k, 6)), [1, 1, 2, 8, 8, 8]);
+        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(|k| warps_k(k, 3)), [1, 2, 4, 16, 16, 16]);
     }
 }

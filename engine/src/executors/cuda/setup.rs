@@ -146,7 +146,7 @@ pub(super) fn run(
         buffers,
         layout,
         cos_sin,
-        kv: KvCache { layers: Vec::new() },
+        kv: KvCache { layers: Vec::new(), maps: Vec::new() },
         max_blocks: limits.max_blocks,
     };
     tune(gpu, &mut forward, limits)?;
