@@ -5,7 +5,7 @@ use std::{any::Any, convert::Infallible, hash::Hasher, sync::Arc, time::Instant}
 use bytes::Bytes;
 use ember_common::openai::SamplingFields;
 use http_body_util::{BodyExt, Full, Limited, combinators::UnsyncBoxBody};
-use hyper::{HeaderMap, Method, Request, Response, StatusCode, header, http::request::Parts};
+use hyper::{HeaderMap, Request, Response, StatusCode, header, http::request::Parts};
 use tower::{BoxError, ServiceBuilder, ServiceExt, util::BoxCloneService};
 use tower_http::{catch_panic::CatchPanicLayer, trace::TraceLayer};
 
@@ -205,10 +205,3 @@ where
         }
     }
 }
-
-/// Methods that endpoints use, for the table.
-pub(crate) const GET: &[Method] = &[Method::GET];
-/// See [`GET`].
-pub(crate) const POST: &[Method] = &[Method::POST];
-/// See [`GET`].
-pub(crate) const GET_OR_POST: &[Method] = &[Method::GET, Method::POST];

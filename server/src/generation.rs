@@ -17,6 +17,9 @@ use futures_util::{
 
 use crate::{ApiError, Permit, app::App, tracker::Tracker};
 
+/// Most choices of one request, over all its prompts.
+const MAX_SEQUENCES: usize = 16_384;
+
 type Numbered = (usize, Result<Event, ember_engine::Error>);
 
 /// What a request in flight yields.
@@ -50,6 +53,12 @@ impl Choices {
         let n = params.map_or(1, |params| params.n as usize).max(1);
         let max_tokens = params.and_then(|params| params.max_tokens);
         let n_prompts = requests.len();
+        if n_prompts * n > MAX_SEQUENCES {
+            return Err(ApiError::invalid(
+                "n",
+                format!("A request can have at most {MAX_SEQUENCES} choices in all, got {n_prompts} prompts of {n}."),
+            ));
+        }
         let permit = app.admission.admit(n_prompts * n)?;
         let mut streams = Vec::with_capacity(n_prompts);
         for (idx, request) in requests.into_iter().enumerate() {

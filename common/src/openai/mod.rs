@@ -15,17 +15,14 @@ mod tokenize;
 mod usage;
 
 pub use chat::{
-    ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice,
-    ChunkDelta, ResponseFormat,
+    ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice, ChunkDelta, ResponseFormat,
 };
 pub use completion::{
-    Completion, CompletionChoice, CompletionChunk, CompletionChunkChoice, CompletionFields,
-    PromptInput,
+    Completion, CompletionChoice, CompletionChunk, CompletionChunkChoice, CompletionFields, PromptInput,
 };
 pub use error::{ErrorBody, ErrorResponse};
 pub use logprobs::{
-    ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, PromptLogprob, PromptLogprobs,
-    TopLogprob,
+    ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, PromptLogprob, PromptLogprobs, TopLogprob,
 };
 pub use models::{ModelCard, ModelList, ModelPermission};
 pub use ordered_map::OrderedMap;

@@ -16,7 +16,7 @@ use hyper::{Method, Response, http::request::Parts};
 
 use crate::{
     ApiError,
-    app::{App, Body, GET, GET_OR_POST, POST},
+    app::{App, Body},
 };
 
 /// One request to an endpoint.
@@ -26,6 +26,10 @@ pub struct Call {
     /// The whole body; empty unless the route takes JSON.
     pub body: Bytes,
 }
+
+const GET: &[Method] = &[Method::GET];
+const POST: &[Method] = &[Method::POST];
+const GET_OR_POST: &[Method] = &[Method::GET, Method::POST];
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, ApiError>> + Send>>;
 

@@ -173,6 +173,7 @@ async fn fields_of_completions() {
         ),
         (json!({"prompt": long, "truncate_prompt_tokens": 10}), 200, "", ""),
         (json!({"prompt": "x".repeat(65)}), 400, "maximum context length is 64 tokens", "input_text"),
+        (json!({"prompt": ["a", "b"], "n": 10_000}), 400, "at most 16384 choices", "n"),
         (json!({"logprobs": 20}), 200, "", ""),
         (json!({"logprobs": 21}), 400, "greater than max allowed: 20", "logprobs"),
         (json!({"logprobs": -1}), 400, "greater than max allowed: 20", "logprobs"),
