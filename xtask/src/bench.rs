@@ -37,7 +37,7 @@ pub struct BenchArgs {
     /// Most tokens of one answer. Default: 64; on a GPU or for url=URL 512.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
-    /// Prompts longer than this many characters are left out. Default: 8000 on the CPU, which keeps longalpaca's
+    /// Prompts longer than this many characters are left out. Default: 20000 on the CPU, which keeps longalpaca's
     /// prompts within what 2 cores read in the time; on a GPU or for url=URL 131072.
     #[arg(long)]
     max_prompt_length: Option<u32>,
@@ -101,7 +101,7 @@ impl Plan {
         Ok(Plan {
             points,
             max_tokens: args.max_tokens.unwrap_or(if is_small { 64 } else { 512 }),
-            max_prompt_length: args.max_prompt_length.unwrap_or(if is_small { 8000 } else { 131_072 }),
+            max_prompt_length: args.max_prompt_length.unwrap_or(if is_small { 20_000 } else { 131_072 }),
             out,
         })
     }
@@ -332,7 +332,7 @@ mod tests {
         let plan = plan("--parallel 1,128");
         let numbers: Vec<_> = plan.points.iter().map(|it| (it.dataset.as_str(), it.parallel, it.number)).collect();
         assert_eq!(numbers, [("openqa", 1, 8), ("openqa", 128, 128), ("longalpaca", 1, 8), ("longalpaca", 128, 128)]);
-        assert_eq!((plan.max_tokens, plan.max_prompt_length), (64, 8000));
+        assert_eq!((plan.max_tokens, plan.max_prompt_length), (64, 20_000));
     }
 
     #[test]
