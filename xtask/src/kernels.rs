@@ -5,8 +5,9 @@
 //! NVRTC, so a source may use nothing that needs the host compiler.
 //!
 //! The first comment lines of a source may say how it is compiled:
-//! `// defines: A=1 B=2` adds macros; each `// variant: NAME A=1 B=2` line compiles one more object;
-//! `// spill-limit: 64` allows that many bytes of spill stores per thread (default 0).
+//! `// defines: A=1 B=2` adds macros; each `// variant: NAME A=1 B=2` line compiles one more object, with the word
+//! `min-arch=90` only for compute capability 9.0 and later; `// spill-limit: 64` allows that many bytes of spill stores
+//! per thread (default 0). A source whose name ends in `_sm90` is compiled for 9.0 and later only.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -50,6 +51,8 @@ pub struct KernelsArgs {
 struct Variant {
     name: String,
     defines: Vec<String>,
+    /// The least architecture it can be compiled for, such as 90.
+    min_arch: u32,
 }
 
 /// What ptxas says of one kernel.
@@ -145,8 +148,12 @@ fn compile_all(toolchain: &Path, sources: &[PathBuf], args: &KernelsArgs) -> Res
     for source in sources {
         let text = fs::read_to_string(source)?;
         let (variants, spill_limit) = read_directives(&text).with_context(|| source.display().to_string())?;
+        let file_min_arch = file_min_arch(source);
         for variant in variants {
             for arch in &args.arch {
+                if arch_number(arch)? < file_min_arch.max(variant.min_arch) {
+                    continue;
+                }
                 jobs.push(Job { source, variant: variant.clone(), arch, spill_limit });
             }
         }
@@ -265,7 +272,12 @@ fn read_directives(text: &str) -> Result<(Vec<Variant>, u32)> {
             "defines" => common.extend(words),
             "variant" => {
                 let name = words.next().context("a `// variant:` line needs a name")?;
-                variants.push(Variant { name, defines: words.collect() });
+                let (limits, defines) = words.partition::<Vec<_>, _>(|it| it.starts_with("min-arch="));
+                let min_arch = match limits.first() {
+                    Some(limit) => arch_number(&limit["min-arch=".len()..])?,
+                    None => 0,
+                };
+                variants.push(Variant { name, defines, min_arch });
             }
             "spill-limit" => {
                 spill_limit = rest.trim().parse().with_context(|| format!("bad spill-limit {:?}", rest.trim()))?;
@@ -274,12 +286,24 @@ fn read_directives(text: &str) -> Result<(Vec<Variant>, u32)> {
         }
     }
     if variants.is_empty() {
-        variants.push(Variant { name: "-".to_owned(), defines: Vec::new() });
+        variants.push(Variant { name: "-".to_owned(), defines: Vec::new(), min_arch: 0 });
     }
     for variant in &mut variants {
         variant.defines.extend(common.iter().cloned());
     }
     Ok((variants, spill_limit))
+}
+
+/// `90a` is 90.
+fn arch_number(arch: &str) -> Result<u32> {
+    let digits = arch.trim_end_matches(|it: char| it.is_ascii_lowercase());
+    digits.parse().with_context(|| format!("{arch:?} is no architecture; expected one like 80 or 90a"))
+}
+
+/// The architecture that a file name such as `attention_sm90.cu` asks for; 0 when it asks for none.
+fn file_min_arch(source: &Path) -> u32 {
+    let stem = source.file_stem().unwrap_or_default().to_string_lossy();
+    stem.rsplit_once("_sm").and_then(|it| it.1.parse().ok()).unwrap_or(0)
 }
 
 /// Reads the output of `ptxas -v`: for each entry function its resources.
@@ -350,14 +374,24 @@ ptxas info    : Used 8 registers, used 0 barriers
     }
 
     #[test]
+    fn architectures_are_ordered_by_number() {
+        assert_eq!(arch_number("90a").unwrap(), 90);
+        assert_eq!(arch_number("100").unwrap(), 100);
+        assert!(arch_number("hopper").is_err());
+        assert_eq!(file_min_arch(Path::new("k/attention_sm90.cu")), 90);
+        assert_eq!(file_min_arch(Path::new("k/attention_small.cu")), 0);
+    }
+
+    #[test]
     fn directives_stop_at_the_first_code_line() {
-        let text = "// RMS norm.\n// defines: THREADS=256\n// variant: d64 HEAD_DIM=64\n// variant: d128 HEAD_DIM=128\n// spill-limit: 8\n#include \"common.cuh\"\n// variant: no X=1\n";
+        let text = "// RMS norm.\n// defines: THREADS=256\n// variant: d64 HEAD_DIM=64\n// variant: d128 HEAD_DIM=128 min-arch=90\n// spill-limit: 8\n#include \"common.cuh\"\n// variant: no X=1\n";
         let (variants, spill_limit) = read_directives(text).unwrap();
         assert_eq!(spill_limit, 8);
         let names: Vec<_> = variants.iter().map(|it| it.name.as_str()).collect();
         assert_eq!(names, ["d64", "d128"]);
         assert_eq!(variants[1].defines, ["HEAD_DIM=128", "THREADS=256"]);
+        assert_eq!((variants[0].min_arch, variants[1].min_arch), (0, 90));
         let (plain, _) = read_directives("#include <x>\n").unwrap();
-        assert_eq!(plain, [Variant { name: "-".to_owned(), defines: vec![] }]);
+        assert_eq!(plain, [Variant { name: "-".to_owned(), defines: vec![], min_arch: 0 }]);
     }
 }
