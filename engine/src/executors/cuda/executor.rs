@@ -87,16 +87,24 @@ impl CudaExecutor {
         if shape.n_blocks == 0 {
             return Ok(());
         }
-        // SAFETY: all zeros is a valid value of this plain struct.
-        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_HOST;
-        copy.srcHost = inputs.block_tables().cast();
-        copy.srcPitch = shape.n_blocks * 4;
-        copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
-        copy.dstDevice = buffers.block_tables.ptr();
-        copy.dstPitch = self.setup.limits.max_blocks * 4;
-        copy.WidthInBytes = shape.n_blocks * 4;
-        copy.Height = shape.n_seqs;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: inputs.block_tables().cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: shape.n_blocks * 4,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: buffers.block_tables.ptr(),
+            dstArray: std::ptr::null_mut(),
+            dstPitch: self.setup.limits.max_blocks * 4,
+            WidthInBytes: shape.n_blocks * 4,
+            Height: shape.n_seqs,
+        };
         // SAFETY: rows fit their pitch on both sides, and there are at most `max_seqs`.
         unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }.check("cuMemcpy2DAsync")
     }
