@@ -14,6 +14,9 @@ use crate::{
     step::{PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepOutput, StepSeq, TokenHistory},
 };
 
+/// Pages kept free for each running sequence when a new one is admitted, up to a small share of all.
+const RESERVED_PAGES: usize = 8;
+
 /// Limits of a [`Scheduler`].
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
@@ -232,8 +235,11 @@ impl Scheduler {
             }
             let n_cached = seq.n_scheduled;
             let n_tokens = (seq.tokens.len() - n_cached).min(*budget);
-            // Admit only what can be computed whole: half a prompt that is preempted is work lost.
-            if !self.pool.grow(&mut seq.table, seq.tokens.len()) {
+            // Admit only what can be computed whole, and only if the sequences already running keep room to
+            // grow: a prompt that is preempted is work lost.
+            let n_pages = seq.tokens.len().div_ceil(PAGE_SIZE) - seq.table.pages().len();
+            let reserve = (self.running.len() * RESERVED_PAGES).min(self.config.n_pages / 32);
+            if n_pages + reserve > self.pool.n_free() || !self.pool.grow(&mut seq.table, seq.tokens.len()) {
                 self.pool.release(&mut seq.table);
                 seq.n_scheduled = 0;
                 break;

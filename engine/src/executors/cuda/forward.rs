@@ -1,6 +1,6 @@
 //! [`Forward`]: the launches of one step, from token ids to logits.
 //!
-//! Steps of up to 8 decoding sequences read each weight once through GEMV kernels that do the norms and activations
+//! Steps of up to 16 decoding sequences read each weight once through GEMV kernels that do the norms and activations
 //! on the way; larger ones use cuBLASLt with elementwise kernels between.
 
 use super::{
@@ -68,7 +68,7 @@ impl Forward {
                 Ptr(0),
                 Int(bucket as i32),
             ];
-            let gemv = &self.ops.gemv_logits;
+            let gemv = &self.ops.gemvs(bucket).logits;
             gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
         } else {
             self.logits(gpu, 0, bucket)
@@ -153,8 +153,12 @@ impl Forward {
 
         self.norm(gpu, input_norm, 0, n)?;
         self.gemm.run(gpu, qkv, Operands { x: h, w: weights[0], y: qkv_out })?;
-        self.rope_kv(gpu, layer, tokens, n)?;
-        self.decode_attention(gpu, layer, rows.n_decode)?;
+        if rows.n_decode == n && !self.spec.qk_norm {
+            self.decode_attention_rope(gpu, layer, n)?;
+        } else {
+            self.rope_kv(gpu, layer, tokens, n)?;
+            self.decode_attention(gpu, layer, rows.n_decode)?;
+        }
         self.prefill_attention(gpu, layer, rows.n_tiles)?;
         self.gemm.run(gpu, o, Operands { x: attn_out, w: weights[1], y: x })?;
         self.norm(gpu, post_norm, 0, n)?;
@@ -173,6 +177,7 @@ impl Forward {
         let run = |gemv: &Gemv, args: &[super::kernel::Arg]| {
             gemv.kernel.launch(gpu.cu_stream(), ops.gemv_launch(gemv, n), args)
         };
+        let gemvs = ops.gemvs(n);
         let (x, n_rows) = (Ptr(b.x.ptr()), Int(n as i32));
         // The bias is added where q and k are rotated.
         let qkv_args = [
@@ -185,7 +190,7 @@ impl Forward {
             Int(n_qkv as i32),
             n_rows,
         ];
-        run(&ops.gemv_qkv, &qkv_args)?;
+        run(&gemvs.qkv, &qkv_args)?;
         if s.qk_norm {
             self.rope_kv(gpu, layer, self.layout.decode, n)?;
             self.decode_attention(gpu, layer, n)?;
@@ -193,7 +198,7 @@ impl Forward {
             self.decode_attention_rope(gpu, layer, n)?;
         }
         let hidden = Int(s.hidden_size as i32);
-        run(&ops.gemv_o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
+        run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
         let gate_up_args = [
             x,
             Ptr(w.post_attention_norm.ptr()),
@@ -203,8 +208,8 @@ impl Forward {
             Int(s.intermediate_size as i32),
             n_rows,
         ];
-        run(&ops.gemv_gate_up, &gate_up_args)?;
-        run(&ops.gemv_down, &[Ptr(b.act.ptr()), Ptr(w.down.ptr()), x, hidden, n_rows])
+        run(&gemvs.gate_up, &gate_up_args)?;
+        run(&gemvs.down, &[Ptr(b.act.ptr()), Ptr(w.down.ptr()), x, hidden, n_rows])
     }
 
     fn rope_kv(&self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {

@@ -10,13 +10,14 @@ use crate::{Error, decoder::DecoderSpec};
 
 /// Threads of an elementwise block.
 const ELEMENTWISE: u32 = 256;
-/// Warps of a GEMV block, 16-byte chunks of a stage's row, stages of a warp's ring: the fastest of those timed on an
-/// H100 (docs/log.md). One block a multiprocessor.
-const GEMV_WARPS: usize = 16;
+/// 16-byte chunks of a row in a stage of a GEMV's ring.
 const GEMV_CHUNKS: usize = 8;
-const GEMV_STAGES: usize = 3;
+/// Rows that a GEMV of one batch tile takes.
+const TILE_ROWS: usize = 8;
+/// Batch tiles of the two sets of GEMVs.
+const BATCH_TILES: [usize; 2] = [1, 2];
 /// Most rows of a GEMV.
-pub(super) const GEMV_ROWS: usize = 8;
+pub(super) const GEMV_ROWS: usize = 16;
 /// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
 /// Stages of Hopper prefill attention's ring, its block, and query rows of a tile.
@@ -24,11 +25,83 @@ const HOPPER_STAGES: usize = 3;
 const HOPPER_BLOCK: u32 = 384;
 const HOPPER_ROWS: usize = 128;
 
+/// How a GEMV is cut. See the kernel's header.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct GemvShape {
+    warps: usize,
+    /// Warps that share a row of weights.
+    warps_k: usize,
+    n_stages: usize,
+    batch_tiles: usize,
+}
+
+impl GemvShape {
+    /// For rows of `k` weights: the fastest of those timed on an H100 (docs/log.md), as far as blocks of `max_shared`
+    /// bytes can hold it.
+    fn new(k: usize, batch_tiles: usize, max_shared: u32) -> Self {
+        let fit = |warps: usize, n_stages: usize| {
+            let units = k.div_ceil(8 * GEMV_CHUNKS);
+            let mut warps_k = warps;
+            while warps_k > 1 && units.div_ceil(warps_k) < n_stages {
+                warps_k /= 2;
+            }
+            Self { warps, warps_k, n_stages, batch_tiles }
+        };
+        let shape = fit(16, 3);
+        if shape.shared_bytes(TILE_ROWS * batch_tiles) <= max_shared { shape } else { fit(8, 3) }
+    }
+
+    /// Dynamic shared memory of a block.
+    fn shared_bytes(self, n_rows: usize) -> u32 {
+        (self.warps * (self.n_stages * GEMV_CHUNKS * 256 + 32 * self.batch_tiles + 128 * n_rows)) as u32
+    }
+
+    fn variant(self, kind: &str, k: usize) -> Variant {
+        let macros = [
+            (kind, 1),
+            ("K", k),
+            ("WARPS", self.warps),
+            ("WARPS_K", self.warps_k),
+            ("STAGES", self.n_stages),
+            ("BATCH_TILES", self.batch_tiles),
+        ];
+        Variant::new(&compile::GEMV, &macros)
+    }
+}
+
 /// A GEMV and its grid.
 pub(super) struct Gemv {
     pub(super) kernel: Kernel,
     n_blocks: u32,
-    n_stages: usize,
+    shape: GemvShape,
+}
+
+/// The GEMVs of a layer and of the output projection.
+pub(super) struct Gemvs {
+    pub(super) qkv: Gemv,
+    pub(super) o: Gemv,
+    pub(super) gate_up: Gemv,
+    pub(super) down: Gemv,
+    pub(super) logits: Gemv,
+}
+
+/// Macro and name of each GEMV of [`Gemvs`], in its order.
+const GEMV_KINDS: [(&str, &str); 5] = [
+    ("GEMV_NORM", "gemv_norm"),
+    ("GEMV_RESIDUAL", "gemv_residual"),
+    ("GEMV_GATE_UP", "gemv_gate_up"),
+    ("GEMV_RESIDUAL", "gemv_residual"),
+    ("GEMV_LOGITS", "gemv_logits"),
+];
+
+/// Variants before the GEMVs.
+const N_OTHERS: usize = 6;
+
+/// Rows of weights and their length, for each GEMV of [`Gemvs`].
+fn gemv_sizes(spec: &DecoderSpec) -> [(usize, usize); 5] {
+    let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
+    let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+    [(q + 2 * kv, h), (h, q), (2 * inter, h), (h, inter), (spec.vocab_size, h)]
 }
 
 /// All kernels of a model.
@@ -40,11 +113,8 @@ pub(super) struct Ops {
     pub(super) decode_attention: Kernel,
     pub(super) decode_attention_rope: Kernel,
     pub(super) prefill_attention: Kernel,
-    pub(super) gemv_qkv: Gemv,
-    pub(super) gemv_o: Gemv,
-    pub(super) gemv_gate_up: Gemv,
-    pub(super) gemv_down: Gemv,
-    pub(super) gemv_logits: Gemv,
+    /// For each of [`BATCH_TILES`].
+    gemvs: [Gemvs; 2],
     /// Whether kernels start before the one ahead of them has ended.
     dependent: bool,
     /// Whether prefill attention is the one written for Hopper.
@@ -57,15 +127,15 @@ pub(super) struct Ops {
 }
 
 /// The variants to compile, in the order that [`Ops::new`] takes them.
-pub(super) fn variants(spec: &DecoderSpec, n_stages: usize, hopper: bool) -> Vec<Variant> {
-    let (head_dim, group) = (spec.head_dim, spec.n_heads / spec.n_kv_heads);
-    let gemv = |kind: &str, k: usize| {
-        let macros =
-            [(kind, 1), ("K", k), ("WARPS", GEMV_WARPS), ("WARPS_K", warps_k(k, n_stages)), ("STAGES", n_stages)];
-        Variant::new(&compile::GEMV, &macros)
-    };
-    let (q, h, inter) = (spec.n_heads * head_dim, spec.hidden_size, spec.intermediate_size);
-    vec![
+pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec<Variant> {
+    let (head_dim, group, h) = (spec.head_dim, spec.n_heads / spec.n_kv_heads, spec.hidden_size);
+    let gemvs = BATCH_TILES.iter().flat_map(|&tiles| {
+        let of = move |((kind, _), (_, k)): ((&str, &str), (usize, usize))| {
+            GemvShape::new(k, tiles, max_shared).variant(kind, k)
+        };
+        GEMV_KINDS.into_iter().zip(gemv_sizes(spec)).map(of).collect::<Vec<_>>()
+    });
+    let others = vec![
         Variant::new(&compile::EMBED, &[]),
         Variant::new(
             &compile::RMSNORM,
@@ -84,32 +154,8 @@ pub(super) fn variants(spec: &DecoderSpec, n_stages: usize, hopper: bool) -> Vec
             ),
             false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
         },
-        gemv("GEMV_NORM", h),
-        gemv("GEMV_RESIDUAL", q),
-        gemv("GEMV_GATE_UP", h),
-        gemv("GEMV_RESIDUAL", inter),
-        gemv("GEMV_LOGITS", h),
-    ]
-}
-
-/// Warps that share a row of `k` weights: as many as can each fill their ring.
-fn warps_k(k: usize, n_stages: usize) -> usize {
-    let units = k.div_ceil(8 * GEMV_CHUNKS);
-    let mut warps = GEMV_WARPS;
-    while warps > 1 && units.div_ceil(warps) < n_stages {
-        warps /= 2;
-    }
-    warps
-}
-
-/// Stages of a GEMV's ring, for blocks of at most `max_shared` bytes.
-fn gemv_stages(max_shared: u32) -> usize {
-    if gemv_shared(GEMV_STAGES, GEMV_ROWS) <= max_shared { GEMV_STAGES } else { GEMV_STAGES - 1 }
-}
-
-/// Dynamic shared memory of a GEMV block.
-fn gemv_shared(n_stages: usize, n_rows: usize) -> u32 {
-    (GEMV_WARPS * (n_stages * GEMV_CHUNKS * 256 + 32 + 128 * n_rows)) as u32
+    ];
+    others.into_iter().chain(gemvs).collect()
 }
 
 /// Dynamic shared memory of a prefill attention block.
@@ -124,9 +170,8 @@ fn prefill_shared(head_dim: usize, hopper: bool) -> u32 {
 impl Ops {
     /// Compiles (or takes from the cache) and loads all kernels.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Self, Error> {
-        let n_stages = gemv_stages(gpu.max_shared);
         let hopper = gpu.is_hopper();
-        let cubins = compile::compile(&variants(spec, n_stages, hopper), &gpu.arch())?;
+        let cubins = compile::compile(&variants(spec, gpu.max_shared, hopper), &gpu.arch())?;
         gpu.bind()?;
         let one = |i: usize, name: &'static str| -> Result<Kernel, Error> {
             let [kernel] = Kernel::load(&cubins[i], [name])?;
@@ -136,15 +181,24 @@ impl Ops {
             Kernel::load(&cubins[4], ["decode_attention", "decode_attention_rope"])?;
         let prefill_attention = one(5, if hopper { "prefill_attention_sm90" } else { "prefill_attention" })?;
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
-        // `n_out` rows of weights; a tile is 16.
-        let gemv = |i: usize, name: &'static str, n_out: usize, k: usize| -> Result<Gemv, Error> {
-            let kernel = one(i, name)?;
-            kernel.allow_shared(gemv_shared(n_stages, GEMV_ROWS))?;
-            let n_tiles = n_out.div_ceil(16).div_ceil(GEMV_WARPS / warps_k(k, n_stages));
-            Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), n_stages })
+        let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
+            let (n_out, k) = gemv_sizes(spec)[i];
+            let shape = GemvShape::new(k, BATCH_TILES[set], gpu.max_shared);
+            let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
+            kernel.allow_shared(shape.shared_bytes(TILE_ROWS * shape.batch_tiles))?;
+            // A tile is 16 rows of weights.
+            let n_tiles = n_out.div_ceil(16).div_ceil(shape.warps / shape.warps_k);
+            Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), shape })
         };
-        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
-        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+        let gemvs = |set: usize| -> Result<Gemvs, Error> {
+            Ok(Gemvs {
+                qkv: gemv(set, 0)?,
+                o: gemv(set, 1)?,
+                gate_up: gemv(set, 2)?,
+                down: gemv(set, 3)?,
+                logits: gemv(set, 4)?,
+            })
+        };
         Ok(Self {
             embed: one(0, "embed_gather")?,
             rmsnorm: one(1, "rmsnorm")?,
@@ -153,15 +207,11 @@ impl Ops {
             decode_attention,
             decode_attention_rope,
             prefill_attention,
-            gemv_qkv: gemv(6, "gemv_norm", q + 2 * kv, h)?,
-            gemv_o: gemv(7, "gemv_residual", h, q)?,
-            gemv_gate_up: gemv(8, "gemv_gate_up", 2 * inter, h)?,
-            gemv_down: gemv(9, "gemv_residual", h, inter)?,
-            gemv_logits: gemv(10, "gemv_logits", spec.vocab_size, h)?,
+            gemvs: [gemvs(0)?, gemvs(1)?],
             dependent: gpu.capability.0 >= 9,
             hopper,
             n_sms: gpu.n_sms as usize,
-            hidden: h,
+            hidden: spec.hidden_size,
             n_heads: spec.n_heads,
             n_kv: spec.n_kv_heads,
             head_dim: spec.head_dim,
@@ -201,10 +251,15 @@ impl Ops {
         self.launch([(inter / 8).div_ceil(ELEMENTWISE as usize) as u32, n_tokens.min(65_535) as u32, 1], ELEMENTWISE)
     }
 
+    /// The GEMVs for `n_rows` rows, [`GEMV_ROWS`] at most.
+    pub(super) fn gemvs(&self, n_rows: usize) -> &Gemvs {
+        &self.gemvs[usize::from(n_rows > TILE_ROWS)]
+    }
+
     /// For a GEMV of `n_rows` rows.
     pub(super) fn gemv_launch(&self, gemv: &Gemv, n_rows: usize) -> Launch {
-        let shared_bytes = gemv_shared(gemv.n_stages, n_rows);
-        Launch { shared_bytes, ..self.launch([gemv.n_blocks, 1, 1], GEMV_WARPS as u32 * 32) }
+        let shared_bytes = gemv.shape.shared_bytes(n_rows);
+        Launch { shared_bytes, ..self.launch([gemv.n_blocks, 1, 1], gemv.shape.warps as u32 * 32) }
     }
 
     /// For both decode attentions.
@@ -272,6 +327,7 @@ mod tests {
 
     #[test]
     fn warps_share_long_rows_only() {
-        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(|k| warps_k(k, 3)), [1, 2, 4, 16, 16, 16]);
+        let warps_k = |k| GemvShape::new(k, 1, 227 << 10).warps_k;
+        assert_eq!([64, 576, 896, 4096, 4864, 14336].map(warps_k), [1, 2, 4, 16, 16, 16]);
     }
 }

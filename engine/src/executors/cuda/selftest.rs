@@ -146,6 +146,7 @@ fn compare(spec: &DecoderSpec, device: usize) -> Result<Vec<(String, f32)>, Erro
         Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
         Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 512 },
         Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
+        Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 },
         Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
     ];
     let source = DummySource::new(spec.clone(), 1, DType::BF16)?;
