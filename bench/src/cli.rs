@@ -33,12 +33,7 @@ pub struct PerfArgs {
     #[arg(long, default_value = "openai", help_heading = "Server")]
     pub api: String,
     /// Sent as "Authorization: Bearer KEY"; never stored
-    #[arg(
-        long,
-        env = "EMBER_BENCH_API_KEY",
-        hide_env_values = true,
-        help_heading = "Server"
-    )]
+    #[arg(long, env = "EMBER_BENCH_API_KEY", hide_env_values = true, help_heading = "Server")]
     pub api_key: Option<String>,
     /// Extra request headers
     #[arg(long, value_name = "KEY=VALUE", num_args = 1.., help_heading = "Server")]

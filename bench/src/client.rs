@@ -71,17 +71,10 @@ impl Client {
         let address = (self.endpoint.host.as_str(), self.endpoint.port);
         let socket = timeout(self.timeouts.connect, TcpStream::connect(address))
             .await
-            .map_err(|_| {
-                format!(
-                    "connect timeout after {} s",
-                    self.timeouts.connect.as_secs_f64()
-                )
-            })?
+            .map_err(|_| format!("connect timeout after {} s", self.timeouts.connect.as_secs_f64()))?
             .map_err(|error| format!("connect: {error}"))?;
         // Without it the kernel may hold a small request back for the last acknowledgement.
-        socket
-            .set_nodelay(true)
-            .map_err(|error| format!("connect: {error}"))?;
+        socket.set_nodelay(true).map_err(|error| format!("connect: {error}"))?;
         match &self.tls {
             None => open(socket).await,
             Some(tls) => {
@@ -107,19 +100,12 @@ impl Client {
         intended_s: Option<f64>,
     ) -> RequestRecord {
         let sent_s = self.now_s();
-        let mut record = RequestRecord {
-            intended_s: intended_s.unwrap_or(sent_s),
-            sent_s,
-            ..Default::default()
-        };
+        let mut record = RequestRecord { intended_s: intended_s.unwrap_or(sent_s), sent_s, ..Default::default() };
         let mut answer = Answer::default();
         let attempt = self.attempt(connection, body.clone(), &mut record, &mut answer);
         let result = match timeout(self.timeouts.total, attempt).await {
             Ok(result) => result,
-            Err(_) => Err(format!(
-                "total timeout after {} s",
-                self.timeouts.total.as_secs_f64()
-            )),
+            Err(_) => Err(format!("total timeout after {} s", self.timeouts.total.as_secs_f64())),
         };
         if let Err(error) = result {
             *connection = None;
@@ -150,19 +136,13 @@ impl Client {
     ) -> Result<(), String> {
         let response = self.send(connection, body).await?;
         record.http_status = Some(response.status().as_u16().into());
-        let content_type = response
-            .headers()
-            .get(CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
+        let content_type =
+            response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let is_json = content_type.starts_with("application/json");
         if response.status() != StatusCode::OK {
             let status = response.status().as_u16();
             let body = self.read_whole(response.into_body()).await?;
-            return Err(format!(
-                "HTTP {status}: {}",
-                error_text(&String::from_utf8_lossy(&body))
-            ));
+            return Err(format!("HTTP {status}: {}", error_text(&String::from_utf8_lossy(&body))));
         }
         if self.stream && !is_json {
             return self.read_stream(response.into_body(), record, answer).await;
@@ -174,11 +154,7 @@ impl Client {
     }
 
     /// Sends on the connection at hand; a kept one that the server has closed meanwhile is replaced once.
-    async fn send(
-        &self,
-        connection: &mut Option<Connection>,
-        body: Bytes,
-    ) -> Result<Response<Incoming>, String> {
+    async fn send(&self, connection: &mut Option<Connection>, body: Bytes) -> Result<Response<Incoming>, String> {
         let mut request = Request::post(self.endpoint.path.as_str())
             .body(Full::new(body))
             .map_err(|error| format!("request: {error}"))?;
@@ -186,10 +162,7 @@ impl Client {
         if let Some(kept) = connection
             && kept.sender.ready().await.is_ok()
         {
-            match self
-                .idle_limit(kept.sender.try_send_request(request))
-                .await?
-            {
+            match self.idle_limit(kept.sender.try_send_request(request)).await? {
                 Ok(response) => return Ok(response),
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => request = unsent,
@@ -198,9 +171,7 @@ impl Client {
             }
         }
         let fresh = connection.insert(self.connect().await?);
-        self.idle_limit(fresh.sender.send_request(request))
-            .await?
-            .map_err(|error| read_error(&error))
+        self.idle_limit(fresh.sender.send_request(request)).await?.map_err(|error| read_error(&error))
     }
 
     async fn read_stream(
@@ -210,14 +181,8 @@ impl Client {
         answer: &mut Answer,
     ) -> Result<(), String> {
         record.streamed = true;
-        let mut stream = StreamReader {
-            client: self,
-            record,
-            answer,
-            has_choices: false,
-            finished: false,
-            error: None,
-        };
+        let mut stream =
+            StreamReader { client: self, record, answer, has_choices: false, finished: false, error: None };
         let mut splitter = SseSplitter::default();
         while let Some(frame) = self.idle_limit(body.frame()).await? {
             let frame = frame.map_err(|error| read_error(&error))?;
@@ -232,15 +197,9 @@ impl Client {
         let now_s = self.now_s();
         splitter.finish(|data| stream.message(data, now_s));
         match stream {
-            StreamReader {
-                error: Some(error), ..
-            } => Err(error),
-            StreamReader {
-                has_choices: false, ..
-            } => Err("the stream has no choices".into()),
-            StreamReader {
-                finished: false, ..
-            } => Err("the stream ended before its finish_reason or [DONE]".into()),
+            StreamReader { error: Some(error), .. } => Err(error),
+            StreamReader { has_choices: false, .. } => Err("the stream has no choices".into()),
+            StreamReader { finished: false, .. } => Err("the stream ended before its finish_reason or [DONE]".into()),
             _ => Ok(()),
         }
     }
@@ -257,17 +216,15 @@ impl Client {
 
     async fn idle_limit<T>(&self, wait: impl Future<Output = T>) -> Result<T, String> {
         match self.timeouts.read {
-            Some(limit) => timeout(limit, wait)
-                .await
-                .map_err(|_| format!("read timeout: silent for {} s", limit.as_secs_f64())),
+            Some(limit) => {
+                timeout(limit, wait).await.map_err(|_| format!("read timeout: silent for {} s", limit.as_secs_f64()))
+            }
             None => Ok(wait.await),
         }
     }
 }
 
-async fn open(
-    io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-) -> Result<Connection, String> {
+async fn open(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<Connection, String> {
     let handshake = http1::handshake(TokioIo::new(io)).await;
     let (sender, connection) = handshake.map_err(|error| format!("connect: {error}"))?;
     // Its failures reach the sender too.
@@ -281,9 +238,7 @@ fn tls_connector() -> Result<TlsConnector, String> {
     let found = rustls_native_certs::load_native_certs();
     roots.add_parsable_certificates(found.certs);
     if roots.is_empty() {
-        return Err(
-            "connect: TLS: the system has no root certificates; install ca-certificates".into(),
-        );
+        return Err("connect: TLS: the system has no root certificates; install ca-certificates".into());
     }
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
@@ -337,18 +292,14 @@ impl StreamReader<'_> {
         }
         // An empty message between two others is a token whose text is held back; an empty last one is not a token.
         if message.has_output || (record.first_token_s.is_some() && !message.finishes) {
-            record
-                .token_offsets_us
-                .push(((now_s - record.sent_s) * 1e6) as u64);
+            record.token_offsets_us.push(((now_s - record.sent_s) * 1e6) as u64);
             self.client.live_tokens.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
 fn read_error(error: &hyper::Error) -> String {
-    let cause = std::error::Error::source(error)
-        .map(|cause| format!(": {cause}"))
-        .unwrap_or_default();
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
     if error.is_incomplete_message() {
         "the server hung up before the answer's end".into()
     } else {

@@ -14,13 +14,7 @@ use crate::endpoint::Endpoint;
 use crate::{Error, Result};
 
 /// Header values that are never stored.
-const SECRET_HEADERS: &[&str] = &[
-    "authorization",
-    "proxy-authorization",
-    "x-api-key",
-    "api-key",
-    "cookie",
-];
+const SECRET_HEADERS: &[&str] = &["authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"];
 
 /// Everything a `perf` run needs to know.
 pub struct Config {
@@ -84,20 +78,14 @@ impl Config {
         let token_prompts = dataset.sends_token_ids() && args.prompt.is_none();
         let endpoint = Endpoint::parse(&args.url, api.completion(token_prompts))?;
         if args.model.is_none() && args.api != "custom" && args.dataset != "line_by_line" {
-            return Err(Error::flag(
-                "--model",
-                "is needed: the name the server serves its model under",
-            ));
+            return Err(Error::flag("--model", "is needed: the name the server serves its model under"));
         }
         let max_tokens = match *args.max_tokens {
             [] => None,
             [one] => Some((one, one)),
             [low, high] if low <= high => Some((low, high)),
             _ => {
-                return Err(Error::flag(
-                    "--max-tokens",
-                    "of two numbers, the first must not be larger",
-                ));
+                return Err(Error::flag("--max-tokens", "of two numbers, the first must not be larger"));
             }
         };
         if max_tokens.is_some_and(|(low, _)| low == 0) {
@@ -106,30 +94,16 @@ impl Config {
         if let (Some(min), Some((_, max))) = (args.min_tokens, max_tokens)
             && min > max
         {
-            return Err(Error::flag(
-                "--min-tokens",
-                format!("{min} is more than --max-tokens {max}"),
-            ));
+            return Err(Error::flag("--min-tokens", format!("{min} is more than --max-tokens {max}")));
         }
         if args.min_prompt_length > args.max_prompt_length {
-            return Err(Error::flag(
-                "--min-prompt-length",
-                "is more than --max-prompt-length",
-            ));
+            return Err(Error::flag("--min-prompt-length", "is more than --max-prompt-length"));
         }
-        let tokenizer = args
-            .tokenizer_path
-            .as_deref()
-            .map(dataset::load_tokenizer)
-            .transpose()?;
+        let tokenizer = args.tokenizer_path.as_deref().map(dataset::load_tokenizer).transpose()?;
         let stamp = timestamp();
         let name = args.name.clone().unwrap_or_else(|| {
             let model = args.model.as_deref().unwrap_or(&args.api);
-            model
-                .rsplit('/')
-                .find(|part| !part.is_empty())
-                .unwrap_or("model")
-                .to_owned()
+            model.rsplit('/').find(|part| !part.is_empty()).unwrap_or("model").to_owned()
         });
         let db = args.db.clone().unwrap_or_else(|| {
             let file: String = format!("{name}_benchmark_{stamp}.db").replace(['/', '\\'], "_");
@@ -141,26 +115,15 @@ impl Config {
             headers: headers(&args, api)?,
             timeouts: Timeouts {
                 connect: seconds("--connect-timeout", args.connect_timeout)?,
-                read: args
-                    .read_timeout
-                    .map(|value| seconds("--read-timeout", value))
-                    .transpose()?,
+                read: args.read_timeout.map(|value| seconds("--read-timeout", value)).transpose()?,
                 total: seconds("--total-timeout", args.total_timeout)?,
             },
             points: points(&args)?,
             warmup: args.warmup,
-            dataset_name: if args.prompt.is_some() {
-                "prompt".into()
-            } else {
-                args.dataset.clone()
-            },
+            dataset_name: if args.prompt.is_some() { "prompt".into() } else { args.dataset.clone() },
             data: DataOptions {
                 path: args.dataset_path.clone(),
-                prompt: args
-                    .prompt
-                    .as_deref()
-                    .map(|text| text_or_file("--prompt", text))
-                    .transpose()?,
+                prompt: args.prompt.as_deref().map(|text| text_or_file("--prompt", text)).transpose()?,
                 min_prompt_length: args.min_prompt_length,
                 max_prompt_length: args.max_prompt_length,
                 tokenizer,
@@ -186,12 +149,7 @@ impl Config {
             ignore_eos: args.ignore_eos,
             stream: !args.no_stream,
             template: args.query_template.as_deref().map(template).transpose()?,
-            extra: args
-                .extra_args
-                .as_deref()
-                .map(extra_args)
-                .transpose()?
-                .unwrap_or_default(),
+            extra: args.extra_args.as_deref().map(extra_args).transpose()?.unwrap_or_default(),
             log_every: args.log_every_n_query.max(1),
             allow_failures: args.allow_failures,
             recorded: recorded(&args, &endpoint),
@@ -207,17 +165,10 @@ impl Config {
 
 /// `--number`, `--parallel` and `--rate` side by side: lists of one length, or single values repeated.
 fn points(args: &PerfArgs) -> Result<Vec<Point>> {
-    let n_points = args
-        .number
-        .len()
-        .max(args.parallel.len())
-        .max(args.rate.len())
-        .max(1);
-    for (flag, len) in [
-        ("--number", args.number.len()),
-        ("--parallel", args.parallel.len()),
-        ("--rate", args.rate.len()),
-    ] {
+    let n_points = args.number.len().max(args.parallel.len()).max(args.rate.len()).max(1);
+    for (flag, len) in
+        [("--number", args.number.len()), ("--parallel", args.parallel.len()), ("--rate", args.rate.len())]
+    {
         if len > 1 && len != n_points {
             return Err(Error::flag(
                 flag,
@@ -226,11 +177,7 @@ fn points(args: &PerfArgs) -> Result<Vec<Point>> {
         }
     }
     fn pick<T: Copy>(values: &[T], i: usize) -> Option<T> {
-        if values.len() == 1 {
-            values.first().copied()
-        } else {
-            values.get(i).copied()
-        }
+        if values.len() == 1 { values.first().copied() } else { values.get(i).copied() }
     }
     let point = |i| {
         let (number, parallel) = (pick(&args.number, i), pick(&args.parallel, i));
@@ -238,10 +185,7 @@ fn points(args: &PerfArgs) -> Result<Vec<Point>> {
             Some(rate) if rate > 0.0 && rate.is_finite() => Some(rate),
             None | Some(-1.0) => None,
             Some(rate) => {
-                return Err(Error::flag(
-                    "--rate",
-                    format!("{rate} is neither positive nor -1"),
-                ));
+                return Err(Error::flag("--rate", format!("{rate} is neither positive nor -1")));
             }
         };
         if number == Some(0) {
@@ -250,15 +194,7 @@ fn points(args: &PerfArgs) -> Result<Vec<Point>> {
         if parallel == Some(0) {
             return Err(Error::flag("--parallel", "must be at least 1"));
         }
-        Ok(Point {
-            number,
-            parallel: if rate.is_none() {
-                parallel.or(Some(1))
-            } else {
-                parallel
-            },
-            rate,
-        })
+        Ok(Point { number, parallel: if rate.is_none() { parallel.or(Some(1)) } else { parallel }, rate })
     };
     (0..n_points).map(point).collect()
 }
@@ -266,31 +202,23 @@ fn points(args: &PerfArgs) -> Result<Vec<Point>> {
 fn headers(args: &PerfArgs, api: &dyn Api) -> Result<HeaderMap> {
     let mut headers = HeaderMap::new();
     headers.insert("content-type", HeaderValue::from_static("application/json"));
-    headers.insert(
-        "user-agent",
-        HeaderValue::from_static(concat!("ember-bench/", env!("CARGO_PKG_VERSION"))),
+    headers.insert("user-agent", HeaderValue::from_static(concat!("ember-bench/", env!("CARGO_PKG_VERSION"))));
+    headers.extend(
+        api.headers(!args.no_stream)
+            .iter()
+            .map(|&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))),
     );
-    headers.extend(api.headers(!args.no_stream).iter().map(|&(name, value)| {
-        (
-            HeaderName::from_static(name),
-            HeaderValue::from_static(value),
-        )
-    }));
     if let Some(key) = &args.api_key {
         let value = HeaderValue::try_from(format!("Bearer {key}"));
-        let value = value
-            .map_err(|_| Error::flag("--api-key", "has characters that a header cannot carry"))?;
+        let value = value.map_err(|_| Error::flag("--api-key", "has characters that a header cannot carry"))?;
         headers.insert("authorization", value);
     }
     for pair in &args.headers {
         let wrong = |what: &str| Error::flag("--headers", format!("{what}; give KEY=VALUE"));
-        let (name, value) = pair
-            .split_once('=')
-            .ok_or_else(|| wrong("a header has no \"=\""))?;
-        let name = HeaderName::try_from(name)
-            .map_err(|_| wrong(&format!("{name:?} is not a header name")))?;
-        let value = HeaderValue::try_from(value)
-            .map_err(|_| wrong(&format!("the value of {name} is not printable")))?;
+        let (name, value) = pair.split_once('=').ok_or_else(|| wrong("a header has no \"=\""))?;
+        let name = HeaderName::try_from(name).map_err(|_| wrong(&format!("{name:?} is not a header name")))?;
+        let value =
+            HeaderValue::try_from(value).map_err(|_| wrong(&format!("the value of {name} is not printable")))?;
         headers.insert(name, value);
     }
     Ok(headers)
@@ -305,8 +233,9 @@ fn seconds(flag: &'static str, value: f64) -> Result<Duration> {
 
 fn text_or_file(flag: &'static str, value: &str) -> Result<String> {
     match value.strip_prefix('@') {
-        Some(path) => std::fs::read_to_string(path)
-            .map_err(|error| Error::flag(flag, format!("cannot read {path:?}: {error}"))),
+        Some(path) => {
+            std::fs::read_to_string(path).map_err(|error| Error::flag(flag, format!("cannot read {path:?}: {error}")))
+        }
         None => Ok(value.to_owned()),
     }
 }
@@ -316,16 +245,14 @@ fn template(value: &str) -> Result<Value> {
     match serde_json::from_str(&text) {
         Ok(template @ Value::Object(_)) => Ok(template),
         Ok(_) => Err(Error::flag("--query-template", "must be a JSON object")),
-        Err(error) => Err(Error::flag(
-            "--query-template",
-            format!("not JSON: {error} (a file needs @ before its name)"),
-        )),
+        Err(error) => {
+            Err(Error::flag("--query-template", format!("not JSON: {error} (a file needs @ before its name)")))
+        }
     }
 }
 
 fn extra_args(value: &str) -> Result<Map<String, Value>> {
-    serde_json::from_str(value)
-        .map_err(|error| Error::flag("--extra-args", format!("not a JSON object: {error}")))
+    serde_json::from_str(value).map_err(|error| Error::flag("--extra-args", format!("not a JSON object: {error}")))
 }
 
 fn recorded(args: &PerfArgs, endpoint: &Endpoint) -> Value {
@@ -357,9 +284,7 @@ fn recorded(args: &PerfArgs, endpoint: &Endpoint) -> Value {
 
 fn timestamp() -> String {
     let format = format_description!("[year][month][day]_[hour][minute][second]");
-    time::OffsetDateTime::now_utc()
-        .format(&format)
-        .expect("the format has only parts that a date has")
+    time::OffsetDateTime::now_utc().format(&format).expect("the format has only parts that a date has")
 }
 
 #[cfg(test)]
@@ -371,10 +296,7 @@ mod tests {
 
     fn config(flags: &str) -> Result<Config> {
         let args = format!("ember-bench perf --model m {flags}");
-        match Cli::try_parse_from(args.split_whitespace())
-            .unwrap()
-            .command
-        {
+        match Cli::try_parse_from(args.split_whitespace()).unwrap().command {
             Command::Perf(args) => Config::new(*args),
             Command::Report(_) => unreachable!("perf was asked for"),
         }
@@ -382,29 +304,14 @@ mod tests {
 
     #[test]
     fn lists_are_zipped_and_single_values_repeated() {
-        let point = |number, parallel, rate| Point {
-            number: Some(number),
-            parallel,
-            rate,
-        };
-        let check = |flags: &str, expected: &[Point]| {
-            assert_eq!(config(flags).unwrap().points, expected, "{flags}")
-        };
+        let point = |number, parallel, rate| Point { number: Some(number), parallel, rate };
+        let check = |flags: &str, expected: &[Point]| assert_eq!(config(flags).unwrap().points, expected, "{flags}");
         check("-n 5", &[point(5, Some(1), None)]);
-        check(
-            "-n 5,6 --parallel 2 4",
-            &[point(5, Some(2), None), point(6, Some(4), None)],
-        );
-        check(
-            "-n 5 --parallel 1,8",
-            &[point(5, Some(1), None), point(5, Some(8), None)],
-        );
+        check("-n 5,6 --parallel 2 4", &[point(5, Some(2), None), point(6, Some(4), None)]);
+        check("-n 5 --parallel 1,8", &[point(5, Some(1), None), point(5, Some(8), None)]);
         check("-n 5 --rate 2.5", &[point(5, None, Some(2.5))]);
         check("-n 5 --rate -1", &[point(5, Some(1), None)]);
-        check(
-            "-n 5 --rate 2 --parallel 3",
-            &[point(5, Some(3), Some(2.0))],
-        );
+        check("-n 5 --rate 2 --parallel 3", &[point(5, Some(3), Some(2.0))]);
         let message = config("-n 1,2,3 --parallel 1,2").err().unwrap().to_string();
         assert!(message.starts_with("--parallel: has 2 values"), "{message}");
     }
@@ -413,10 +320,7 @@ mod tests {
     fn flags_that_cannot_work_are_named() {
         let check = |flags: &str, start: &str| {
             let message = config(flags).err().unwrap().to_string();
-            assert!(
-                message.starts_with(start),
-                "{message:?} does not start with {start:?}"
-            );
+            assert!(message.starts_with(start), "{message:?} does not start with {start:?}");
         };
         check("--rate 0", "--rate: ");
         check("--number 0", "--number: ");
@@ -430,19 +334,13 @@ mod tests {
         check("--read-timeout 0", "--read-timeout: ");
         check("--api soap", "--api: ");
         check("--dataset nope", "--dataset: ");
-        check(
-            "--min-prompt-length 9 --max-prompt-length 3",
-            "--min-prompt-length: ",
-        );
+        check("--min-prompt-length 9 --max-prompt-length 3", "--min-prompt-length: ");
         check("--tokenizer-path /nowhere", "--tokenizer-path /nowhere");
     }
 
     #[test]
     fn secrets_are_sent_but_not_recorded() {
-        let config = config(
-            "--api-key s3cret --headers Authorization=s3cret X-Team=a --wandb-api-key s3cret",
-        )
-        .unwrap();
+        let config = config("--api-key s3cret --headers Authorization=s3cret X-Team=a --wandb-api-key s3cret").unwrap();
         assert_eq!(config.headers["authorization"], "s3cret");
         let recorded = config.recorded.to_string();
         assert!(!recorded.contains("s3cret"), "{recorded}");

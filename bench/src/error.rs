@@ -10,29 +10,15 @@ pub enum Error {
     Flag { flag: &'static str, message: String },
     /// A dataset file is not of the format its `--dataset` says.
     #[error("{path}:{line}: {message}; --dataset {dataset} expects {expected}")]
-    DatasetFormat {
-        path: PathBuf,
-        line: usize,
-        message: String,
-        dataset: &'static str,
-        expected: &'static str,
-    },
+    DatasetFormat { path: PathBuf, line: usize, message: String, dataset: &'static str, expected: &'static str },
     /// No prompt is left to send.
     #[error(
         "no prompt of {source_name} is left between --min-prompt-length {min} and --max-prompt-length {max} {unit}"
     )]
-    NoPrompts {
-        source_name: String,
-        min: usize,
-        max: usize,
-        unit: &'static str,
-    },
+    NoPrompts { source_name: String, min: usize, max: usize, unit: &'static str },
     /// A file cannot be read or written.
     #[error("{path}: {source}")]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// `--tokenizer-path` cannot be loaded.
     #[error("--tokenizer-path {path}: {message}")]
     Tokenizer { path: PathBuf, message: String },
@@ -49,10 +35,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn flag(flag: &'static str, message: impl Into<String>) -> Self {
-        Error::Flag {
-            flag,
-            message: message.into(),
-        }
+        Error::Flag { flag, message: message.into() }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

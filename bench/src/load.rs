@@ -46,13 +46,9 @@ impl Load {
         let config = &self.config;
         let sample_idx = self.offset + i;
         let sample = &self.samples[sample_idx % self.samples.len()];
-        let mut rng = StdRng::seed_from_u64(
-            config.data.seed ^ (sample_idx as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15),
-        );
+        let mut rng = StdRng::seed_from_u64(config.data.seed ^ (sample_idx as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let (low, high) = config.max_tokens;
-        let max_tokens = sample
-            .output_tokens
-            .unwrap_or_else(|| rng.random_range(low..=high));
+        let max_tokens = sample.output_tokens.unwrap_or_else(|| rng.random_range(low..=high));
         let body = config.api.body(
             &sample.prompt,
             &RequestOptions {
@@ -60,10 +56,7 @@ impl Load {
                 kind: config.endpoint.kind,
                 stream: config.stream,
                 max_tokens,
-                min_tokens: sample
-                    .output_tokens
-                    .or(config.min_tokens)
-                    .map(|min| min.min(max_tokens)),
+                min_tokens: sample.output_tokens.or(config.min_tokens).map(|min| min.min(max_tokens)),
                 ignore_eos: config.ignore_eos || sample.output_tokens.is_some(),
                 generation: &config.generation,
                 template: config.template.as_ref(),
@@ -78,8 +71,7 @@ impl Load {
     async fn closed_loop(self: Arc<Self>, records: mpsc::Sender<RequestRecord>) {
         let n_workers = self.point.parallel.unwrap_or(1).min(self.n_requests);
         // Connected before the first send: the handshake is not part of any answer.
-        let connections =
-            futures_util::future::join_all((0..n_workers).map(|_| self.client.connect())).await;
+        let connections = futures_util::future::join_all((0..n_workers).map(|_| self.client.connect())).await;
         let next = Arc::new(AtomicUsize::new(0));
         let mut workers = JoinSet::new();
         for connection in connections {
@@ -105,35 +97,21 @@ impl Load {
     /// Requests leave at their due times whatever the answers do; with `parallel`, at most so many are in flight and
     /// the wait for a place counts, because times run from the due time.
     async fn open_loop(self: Arc<Self>, rate: f64, records: mpsc::Sender<RequestRecord>) {
-        let arrivals = poisson_arrivals(
-            self.n_requests,
-            rate,
-            self.config.data.seed.wrapping_add(self.offset as u64),
-        );
-        let places = self
-            .point
-            .parallel
-            .map(|parallel| Arc::new(Semaphore::new(parallel)));
+        let arrivals = poisson_arrivals(self.n_requests, rate, self.config.data.seed.wrapping_add(self.offset as u64));
+        let places = self.point.parallel.map(|parallel| Arc::new(Semaphore::new(parallel)));
         let pool = Arc::new(Pool::default());
         let start_s = self.client.now_s();
         let mut announced = announce(arrivals, Instant::now());
         let mut requests = JoinSet::new();
         while let Some((i, due_s)) = announced.recv().await {
-            let (load, pool, records, places) = (
-                Arc::clone(&self),
-                Arc::clone(&pool),
-                records.clone(),
-                places.clone(),
-            );
+            let (load, pool, records, places) = (Arc::clone(&self), Arc::clone(&pool), records.clone(), places.clone());
             requests.spawn(async move {
                 let _place = match &places {
                     Some(places) => places.acquire().await.ok(),
                     None => None,
                 };
                 let mut connection = pool.take();
-                let record = load
-                    .exchange(&mut connection, i, Some(start_s + due_s))
-                    .await;
+                let record = load.exchange(&mut connection, i, Some(start_s + due_s)).await;
                 pool.give_back(connection);
                 // The receiver is gone only when the run is being stopped.
                 let _ = records.send(record).await;
@@ -143,24 +121,13 @@ impl Load {
         while requests.join_next().await.is_some() {}
     }
 
-    async fn exchange(
-        &self,
-        connection: &mut Option<Connection>,
-        i: usize,
-        intended_s: Option<f64>,
-    ) -> RequestRecord {
+    async fn exchange(&self, connection: &mut Option<Connection>, i: usize, intended_s: Option<f64>) -> RequestRecord {
         let body = match self.body(i) {
             Ok(body) => body,
             Err(error) => {
                 let now_s = self.client.now_s();
                 let (intended_s, error) = (intended_s.unwrap_or(now_s), Some(error.to_string()));
-                return RequestRecord {
-                    intended_s,
-                    sent_s: now_s,
-                    end_s: now_s,
-                    error,
-                    ..Default::default()
-                };
+                return RequestRecord { intended_s, sent_s: now_s, end_s: now_s, error, ..Default::default() };
             }
         };
         let mut record = self.client.exchange(connection, body, intended_s).await;
@@ -168,9 +135,7 @@ impl Load {
             && record.completion_tokens.is_none()
             && let Some(tokenizer) = &self.config.data.tokenizer
         {
-            record.completion_tokens = count_tokens(tokenizer, &record.response)
-                .ok()
-                .map(|n_tokens| n_tokens as i64);
+            record.completion_tokens = count_tokens(tokenizer, &record.response).ok().map(|n_tokens| n_tokens as i64);
             record.prompt_tokens = record.prompt_tokens.or_else(|| self.count_prompt(i));
         }
         record
@@ -192,9 +157,6 @@ impl Pool {
     }
 
     fn give_back(&self, connection: Option<Connection>) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(connection);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(connection);
     }
 }

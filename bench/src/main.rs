@@ -22,29 +22,15 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 async fn run_perf(args: PerfArgs) -> anyhow::Result<ExitCode> {
-    let default_level = if args.debug {
-        "ember_bench=debug"
-    } else {
-        "warn"
-    };
-    let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_level));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    let default_level = if args.debug { "ember_bench=debug" } else { "warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     if args.wandb_api_key.is_some() {
         eprintln!("--wandb-api-key: experiment tracking comes later; the run goes on without it");
     }
     let config = Config::new(args)?;
     let allow_failures = config.allow_failures;
     let reports = perf::command(config).await?;
-    let failed = reports
-        .iter()
-        .any(|report| report.summary.failed > 0 || report.summary.interrupted);
-    Ok(if failed && !allow_failures {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    let failed = reports.iter().any(|report| report.summary.failed > 0 || report.summary.interrupted);
+    Ok(if failed && !allow_failures { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

@@ -75,12 +75,7 @@ pub struct Percentiles(pub [Option<f64>; PERCENTILES.len()]);
 
 impl Serialize for Percentiles {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(
-            PERCENTILES
-                .iter()
-                .map(|percent| format!("p{percent}"))
-                .zip(&self.0),
-        )
+        serializer.collect_map(PERCENTILES.iter().map(|percent| format!("p{percent}")).zip(&self.0))
     }
 }
 
@@ -99,48 +94,21 @@ fn mean(values: &[f64]) -> Option<f64> {
 /// Computes the figures of `run` from its rows. Failed requests count in the totals and the wall time only.
 pub fn summarise(run: &Run, records: &[RequestRecord]) -> Summary {
     let successes: Vec<&RequestRecord> = records.iter().filter(|record| record.success).collect();
-    let collect = |value: fn(&RequestRecord) -> f64| {
-        successes
-            .iter()
-            .map(|record| value(record))
-            .collect::<Vec<f64>>()
-    };
+    let collect = |value: fn(&RequestRecord) -> f64| successes.iter().map(|record| value(record)).collect::<Vec<f64>>();
     let sum_tokens = |tokens: fn(&RequestRecord) -> Option<i64>| {
-        successes
-            .iter()
-            .filter_map(|record| tokens(record))
-            .sum::<i64>() as f64
+        successes.iter().filter_map(|record| tokens(record)).sum::<i64>() as f64
     };
-    let start_s = records
-        .iter()
-        .map(|record| record.intended_s)
-        .min_by(f64::total_cmp)
-        .unwrap_or_default();
-    let end_s = records
-        .iter()
-        .map(|record| record.end_s)
-        .max_by(f64::total_cmp)
-        .unwrap_or_default();
+    let start_s = records.iter().map(|record| record.intended_s).min_by(f64::total_cmp).unwrap_or_default();
+    let end_s = records.iter().map(|record| record.end_s).max_by(f64::total_cmp).unwrap_or_default();
     let wall_s = end_s - start_s;
     let per_second = |amount: f64| if wall_s > 0.0 { amount / wall_s } else { 0.0 };
     let n = successes.len() as f64;
     let per_success = |amount: f64| (n > 0.0).then(|| amount / n);
-    let (input, output) = (
-        sum_tokens(|record| record.prompt_tokens),
-        sum_tokens(|record| record.completion_tokens),
-    );
-    let cached = successes
-        .iter()
-        .any(|record| record.cached_tokens.is_some());
+    let (input, output) = (sum_tokens(|record| record.prompt_tokens), sum_tokens(|record| record.completion_tokens));
+    let cached = successes.iter().any(|record| record.cached_tokens.is_some());
 
-    let (latency, ttft) = (
-        collect(RequestRecord::latency_s),
-        collect(RequestRecord::ttft_s),
-    );
-    let tpot: Vec<f64> = successes
-        .iter()
-        .filter_map(|record| record.tpot_s())
-        .collect();
+    let (latency, ttft) = (collect(RequestRecord::latency_s), collect(RequestRecord::ttft_s));
+    let tpot: Vec<f64> = successes.iter().filter_map(|record| record.tpot_s()).collect();
     let itl: Vec<f64> = successes.iter().flat_map(|record| record.itl_s()).collect();
     let packages = Packages::of(&successes);
     let mut errors = BTreeMap::new();
@@ -174,12 +142,7 @@ pub fn summarise(run: &Run, records: &[RequestRecord]) -> Summary {
             latency: Percentiles::of(latency),
             tpot: Percentiles::of(tpot),
             itl: Percentiles::of(itl),
-            lag: Percentiles::of(
-                records
-                    .iter()
-                    .map(|record| record.sent_s - record.intended_s)
-                    .collect(),
-            ),
+            lag: Percentiles::of(records.iter().map(|record| record.sent_s - record.intended_s).collect()),
         },
         errors,
         model: run.model.clone(),
@@ -188,12 +151,8 @@ pub fn summarise(run: &Run, records: &[RequestRecord]) -> Summary {
         avg_evalscope_ttft_s: mean(&collect(RequestRecord::evalscope_ttft_s)),
         avg_packages: packages.per_request,
         avg_package_latency_s: packages.latency_s,
-        cached_share: (cached && input > 0.0)
-            .then(|| sum_tokens(|record| record.cached_tokens) / input),
-        without_usage: successes
-            .iter()
-            .filter(|record| record.completion_tokens.is_none())
-            .count(),
+        cached_share: (cached && input > 0.0).then(|| sum_tokens(|record| record.cached_tokens) / input),
+        without_usage: successes.iter().filter(|record| record.completion_tokens.is_none()).count(),
     }
 }
 

@@ -31,15 +31,8 @@ const RECORD_QUEUE: usize = 8192;
 pub async fn command(config: Config) -> Result<Vec<Report>> {
     let config = Arc::new(config);
     let wanted = |point: &Point| point.number.unwrap_or(DEFAULT_NUMBER) + config.warmup;
-    let Loaded {
-        samples,
-        path,
-        synthetic,
-    } = dataset::load(
-        config.dataset,
-        config.points.iter().map(wanted).sum(),
-        &config.data,
-    )?;
+    let Loaded { samples, path, synthetic } =
+        dataset::load(config.dataset, config.points.iter().map(wanted).sum(), &config.data)?;
     let one_pass = path.is_some() && !synthetic;
     let mut sweep = Sweep {
         samples: Arc::new(samples),
@@ -53,11 +46,7 @@ pub async fn command(config: Config) -> Result<Vec<Report>> {
     sweep.check().await?;
     let mut reports: Vec<Report> = Vec::new();
     for point in &config.points {
-        let n_requests = point.number.unwrap_or(if one_pass {
-            sweep.samples.len()
-        } else {
-            DEFAULT_NUMBER
-        });
+        let n_requests = point.number.unwrap_or(if one_pass { sweep.samples.len() } else { DEFAULT_NUMBER });
         let report = sweep.point(*point, n_requests).await?;
         println!("{}", report::console(&report));
         let interrupted = report.summary.interrupted;
@@ -76,16 +65,8 @@ pub async fn command(config: Config) -> Result<Vec<Report>> {
 fn outputs(config: &Config) -> OutputArgs {
     let in_out = |name: &str| config.out.as_ref().map(|out| out.join(name));
     OutputArgs {
-        json: config
-            .output
-            .json
-            .clone()
-            .or_else(|| in_out("summary.json")),
-        markdown: config
-            .output
-            .markdown
-            .clone()
-            .or_else(|| in_out("summary.md")),
+        json: config.output.json.clone().or_else(|| in_out("summary.json")),
+        markdown: config.output.markdown.clone().or_else(|| in_out("summary.md")),
     }
 }
 
@@ -110,13 +91,7 @@ impl Sweep {
         let load = self.load(self.config.points[0], 1);
         load.body(0)?;
         let authority = || self.config.endpoint.authority.clone();
-        load.client
-            .connect()
-            .await
-            .map_err(|message| Error::Connect {
-                authority: authority(),
-                message,
-            })?;
+        load.client.connect().await.map_err(|message| Error::Connect { authority: authority(), message })?;
         Ok(())
     }
 
@@ -152,14 +127,7 @@ impl Sweep {
     async fn warm_up(&mut self, point: Point) -> bool {
         let n_requests = self.config.warmup;
         let parallel = Some(point.parallel.unwrap_or(n_requests).min(n_requests));
-        let load = self.load(
-            Point {
-                parallel,
-                rate: None,
-                ..point
-            },
-            n_requests,
-        );
+        let load = self.load(Point { parallel, rate: None, ..point }, n_requests);
         self.offset += n_requests;
         eprintln!("Warm-up: {n_requests} requests");
         let (sender, mut receiver) = mpsc::channel::<RequestRecord>(RECORD_QUEUE);
@@ -180,11 +148,7 @@ impl Sweep {
 
     /// Sends the load and stores its records as they come. True if stopped by hand.
     async fn measure(&mut self, run_id: i64, load: Load) -> Result<bool> {
-        let mut progress = Progress::new(
-            load.n_requests,
-            self.config.log_every,
-            Arc::clone(&load.client),
-        );
+        let mut progress = Progress::new(load.n_requests, self.config.log_every, Arc::clone(&load.client));
         let (sender, mut receiver) = mpsc::channel(RECORD_QUEUE);
         let sending = async {
             tokio::select! {
@@ -241,10 +205,7 @@ impl Sweep {
 
 /// Ends when the user or the system asks the process to stop.
 async fn stop_signal() {
-    let (interrupt, terminate) = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-    );
+    let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
     match (interrupt, terminate) {
         (Ok(mut interrupt), Ok(mut terminate)) => {
             tokio::select! {

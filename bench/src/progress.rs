@@ -54,12 +54,7 @@ impl Progress {
         self.bar.set_position(self.n_done as u64);
         if self.bar.is_hidden() {
             if self.n_done.is_multiple_of(self.log_every) || self.n_done == self.n_total {
-                eprintln!(
-                    "{}/{} requests, {}",
-                    self.n_done,
-                    self.n_total,
-                    self.rates()
-                );
+                eprintln!("{}/{} requests, {}", self.n_done, self.n_total, self.rates());
             }
         } else {
             self.tick();

@@ -57,14 +57,11 @@ impl RequestRecord {
     /// answers of one token, which have no such time.
     pub fn tpot_s(&self) -> Option<f64> {
         let tokens = self.completion_tokens?;
-        (self.streamed && tokens > 1)
-            .then(|| (self.latency_s() - self.ttft_s()) / (tokens - 1) as f64)
+        (self.streamed && tokens > 1).then(|| (self.latency_s() - self.ttft_s()) / (tokens - 1) as f64)
     }
 
     /// Seconds between neighbouring messages with output.
     pub fn itl_s(&self) -> impl Iterator<Item = f64> + '_ {
-        self.token_offsets_us
-            .windows(2)
-            .map(|pair| (pair[1] - pair[0]) as f64 / 1e6)
+        self.token_offsets_us.windows(2).map(|pair| (pair[1] - pair[0]) as f64 / 1e6)
     }
 }

@@ -53,8 +53,7 @@ pub fn write_files(reports: &[Report], output: &OutputArgs) -> Result<()> {
 /// The summaries as a JSON array; `schema.json` describes it.
 pub fn json(reports: &[Report]) -> String {
     let summaries: Vec<&Summary> = reports.iter().map(|report| &report.summary).collect();
-    let mut text =
-        serde_json::to_string_pretty(&summaries).expect("a summary has only JSON values");
+    let mut text = serde_json::to_string_pretty(&summaries).expect("a summary has only JSON values");
     text.push('\n');
     text
 }
@@ -66,118 +65,55 @@ pub fn console(report: &Report) -> String {
     let mut line = |name: &str, value: String| {
         writeln!(text, " {name}: {value}").expect("a String takes every write");
     };
-    let number = |value: Option<f64>, digits: usize| {
-        value.map_or("-".into(), |value| format!("{value:.digits$}"))
-    };
+    let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
     let seconds = |value: Option<f64>| number(value, 3);
 
-    line(
-        "Dataset",
-        format!(
-            "{}{}",
-            run.dataset,
-            if run.synthetic { " (synthetic)" } else { "" }
-        ),
-    );
+    line("Dataset", format!("{}{}", run.dataset, if run.synthetic { " (synthetic)" } else { "" }));
     line("Load", load_text(summary));
-    line(
-        "Time taken for tests",
-        format!("{:.3} seconds", summary.wall_s),
-    );
+    line("Time taken for tests", format!("{:.3} seconds", summary.wall_s));
     line("Expected number of requests", summary.number.to_string());
-    line(
-        "Number of concurrency",
-        summary
-            .parallel
-            .map_or("unlimited".into(), |parallel| parallel.to_string()),
-    );
+    line("Number of concurrency", summary.parallel.map_or("unlimited".into(), |parallel| parallel.to_string()));
     line("Total requests", summary.total_requests.to_string());
     line("Succeed requests", summary.succeeded.to_string());
     line("Failed requests", summary.failed.to_string());
     line("Average QPS", format!("{:.3}", summary.qps));
     line("Average latency", seconds(summary.avg_latency_s));
-    line(
-        "Throughput(average output tokens per second)",
-        format!("{:.3}", summary.output_tok_s),
-    );
+    line("Throughput(average output tokens per second)", format!("{:.3}", summary.output_tok_s));
     line("Average time to first token", seconds(summary.avg_ttft_s));
-    line(
-        "Average input tokens per request",
-        seconds(summary.avg_input_tokens),
-    );
-    line(
-        "Average output tokens per request",
-        seconds(summary.avg_output_tokens),
-    );
-    line(
-        "Average time per output token",
-        number(summary.wall_per_output_token_s, 5),
-    );
+    line("Average input tokens per request", seconds(summary.avg_input_tokens));
+    line("Average output tokens per request", seconds(summary.avg_output_tokens));
+    line("Average time per output token", number(summary.wall_per_output_token_s, 5));
     line("Average package per request", seconds(summary.avg_packages));
-    line(
-        "Average package latency",
-        seconds(summary.avg_package_latency_s),
-    );
-    let few = if summary.succeeded > FEW_SUCCESSES {
-        ""
-    } else {
-        " (few requests, weak figures)"
-    };
+    line("Average package latency", seconds(summary.avg_package_latency_s));
+    let few = if summary.succeeded > FEW_SUCCESSES { "" } else { " (few requests, weak figures)" };
     for (name, percentiles) in [
         ("time to first token", &summary.percentiles.ttft),
         ("request latency", &summary.percentiles.latency),
         ("time per output token (TPOT)", &summary.percentiles.tpot),
         ("inter-token latency (ITL)", &summary.percentiles.itl),
     ] {
-        line(
-            &format!("Percentile of {name}{few}"),
-            percentile_lines(percentiles),
-        );
+        line(&format!("Percentile of {name}{few}"), percentile_lines(percentiles));
     }
 
     line(
         "Time per output token, wall clock / all tokens (2024 definition)",
         number(summary.wall_per_output_token_s, 5),
     );
-    line(
-        "Time per output token, mean per-request TPOT (current definition)",
-        number(summary.avg_tpot_s, 5),
-    );
-    line(
-        "Average inter-token latency (ITL)",
-        number(summary.avg_itl_s, 5),
-    );
-    line(
-        "Average time to first message with choices (EvalScope's TTFT)",
-        seconds(summary.avg_evalscope_ttft_s),
-    );
-    line(
-        "Input tokens per second",
-        format!("{:.3}", summary.input_tok_s),
-    );
-    line(
-        "Total tokens per second",
-        format!("{:.3}", summary.total_tok_s),
-    );
+    line("Time per output token, mean per-request TPOT (current definition)", number(summary.avg_tpot_s, 5));
+    line("Average inter-token latency (ITL)", number(summary.avg_itl_s, 5));
+    line("Average time to first message with choices (EvalScope's TTFT)", seconds(summary.avg_evalscope_ttft_s));
+    line("Input tokens per second", format!("{:.3}", summary.input_tok_s));
+    line("Total tokens per second", format!("{:.3}", summary.total_tok_s));
     if let Some(share) = summary.cached_share {
-        line(
-            "Prompt tokens from the server's cache",
-            format!("{:.1} %", share * 100.0),
-        );
+        line("Prompt tokens from the server's cache", format!("{:.1} %", share * 100.0));
     }
     if summary.rate.is_some() {
         let lag = &summary.percentiles.lag.0;
-        line(
-            "Send lag (sent - intended), p50 / p99",
-            format!("{} / {}", number(lag[0], 4), number(lag[7], 4)),
-        );
+        line("Send lag (sent - intended), p50 / p99", format!("{} / {}", number(lag[0], 4), number(lag[7], 4)));
     }
     if summary.without_usage > 0 {
         let note = "these count as 0 tokens; --tokenizer-path would count them";
-        line(
-            "Answers without usage",
-            format!("{} ({note})", summary.without_usage),
-        );
+        line("Answers without usage", format!("{} ({note})", summary.without_usage));
     }
     for (error, count) in &summary.errors {
         line("Failure", format!("{count} x {error}"));
@@ -187,18 +123,8 @@ pub fn console(report: &Report) -> String {
     }
     let gpu = run.environment.gpu.as_deref().unwrap_or("no NVIDIA GPU");
     let environment = &run.environment;
-    line(
-        "Client",
-        format!(
-            "ember-bench {} on {} ({}; {gpu})",
-            environment.version, environment.host, environment.cpu
-        ),
-    );
-    format!(
-        "Benchmarking summary (run {}, {}):\n{text}",
-        run.id,
-        run.model.as_deref().unwrap_or(&run.name)
-    )
+    line("Client", format!("ember-bench {} on {} ({}; {gpu})", environment.version, environment.host, environment.cpu));
+    format!("Benchmarking summary (run {}, {}):\n{text}", run.id, run.model.as_deref().unwrap_or(&run.name))
 }
 
 fn load_text(summary: &Summary) -> String {
@@ -228,26 +154,11 @@ pub fn markdown(reports: &[Report]) -> String {
         "| dataset | parallel | rate | requests | failed | mean in / out | output tok/s | input tok/s | req/s | latency s | TTFT ms | TPOT ms | ITL ms |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
-    let number = |value: Option<f64>, digits: usize| {
-        value.map_or("-".into(), |value| format!("{value:.digits$}"))
-    };
+    let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
     let ms = |value: Option<f64>| number(value.map(|value| value * 1e3), 2);
-    let name = |summary: &Summary| {
-        format!(
-            "{}{}",
-            summary.dataset,
-            if summary.synthetic {
-                " (synthetic)"
-            } else {
-                ""
-            }
-        )
-    };
-    let parallel = |summary: &Summary| {
-        summary
-            .parallel
-            .map_or("-".into(), |parallel| parallel.to_string())
-    };
+    let name =
+        |summary: &Summary| format!("{}{}", summary.dataset, if summary.synthetic { " (synthetic)" } else { "" });
+    let parallel = |summary: &Summary| summary.parallel.map_or("-".into(), |parallel| parallel.to_string());
     let rate = |summary: &Summary| summary.rate.map_or("-".into(), |rate| rate.to_string());
     for Report { summary: s, .. } in reports {
         writeln!(
@@ -283,19 +194,9 @@ pub fn markdown(reports: &[Report]) -> String {
             ("ITL", &s.percentiles.itl),
         ];
         for (kind, percentiles) in rows {
-            let few = if s.succeeded > FEW_SUCCESSES {
-                ""
-            } else {
-                " (few)"
-            };
-            write!(
-                text,
-                "| {} | {} | {} | {kind}{few} |",
-                name(s),
-                parallel(s),
-                rate(s)
-            )
-            .expect("a String takes every write");
+            let few = if s.succeeded > FEW_SUCCESSES { "" } else { " (few)" };
+            write!(text, "| {} | {} | {} | {kind}{few} |", name(s), parallel(s), rate(s))
+                .expect("a String takes every write");
             for value in percentiles.0 {
                 write!(text, " {} |", ms(value)).expect("a String takes every write");
             }

@@ -65,9 +65,6 @@ mod tests {
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
         assert!((mean - 0.02).abs() < 0.0006, "{mean}");
-        assert!(
-            (variance.sqrt() / mean - 1.0).abs() < 0.05,
-            "exponential gaps have a deviation equal to their mean"
-        );
+        assert!((variance.sqrt() / mean - 1.0).abs() < 0.05, "exponential gaps have a deviation equal to their mean");
     }
 }

@@ -24,10 +24,7 @@ impl SseSplitter {
                 piece = &piece[1..];
                 continue;
             }
-            let Some(end) = piece
-                .iter()
-                .position(|&byte| byte == b'\n' || byte == b'\r')
-            else {
+            let Some(end) = piece.iter().position(|&byte| byte == b'\n' || byte == b'\r') else {
                 self.line.extend_from_slice(piece);
                 return;
             };
@@ -83,9 +80,7 @@ mod tests {
         let mut events = Vec::new();
         let mut splitter = SseSplitter::default();
         for piece in pieces {
-            splitter.push(piece, |data| {
-                events.push(String::from_utf8(data.to_vec()).unwrap())
-            });
+            splitter.push(piece, |data| events.push(String::from_utf8(data.to_vec()).unwrap()));
         }
         splitter.finish(|data| events.push(String::from_utf8(data.to_vec()).unwrap()));
         events
@@ -93,9 +88,7 @@ mod tests {
 
     #[test]
     fn follows_the_event_stream_format() {
-        let check = |body: &str, expected: &[&str]| {
-            assert_eq!(split(&[body.as_bytes()]), expected, "{body:?}")
-        };
+        let check = |body: &str, expected: &[&str]| assert_eq!(split(&[body.as_bytes()]), expected, "{body:?}");
         check("data: a\n\ndata: b\n\n", &["a", "b"]);
         check("data:a\r\n\r\ndata:  b\r\n\r\n", &["a", " b"]);
         check("data: a\r\rdata: b\r\r", &["a", "b"]);
@@ -113,10 +106,7 @@ mod tests {
         let expected = ["{\"a\":\"你好\"}", "b", "é"];
         for first in 0..=body.len() {
             for second in first..=body.len() {
-                assert_eq!(
-                    split(&[&body[..first], &body[first..second], &body[second..]]),
-                    expected
-                );
+                assert_eq!(split(&[&body[..first], &body[first..second], &body[second..]]), expected);
             }
         }
     }

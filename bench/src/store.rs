@@ -54,39 +54,25 @@ impl Store {
     /// Opens the database at `path`, which must exist.
     pub async fn open(path: &Path) -> Result<Self> {
         if !path.is_file() {
-            return Err(Error::NoRun {
-                path: path.to_owned(),
-                message: "no such file".into(),
-            });
+            return Err(Error::NoRun { path: path.to_owned(), message: "no such file".into() });
         }
         Self::connect(path, SqliteConnectOptions::new()).await
     }
 
     async fn connect(path: &Path, options: SqliteConnectOptions) -> Result<Self> {
-        let database_error = |source| Error::Database {
-            path: path.to_owned(),
-            source,
-        };
+        let database_error = |source| Error::Database { path: path.to_owned(), source };
         // WAL: a commit does not wait for the disk, so recording does not disturb the load.
-        let options = options
-            .filename(path)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Normal);
+        let options =
+            options.filename(path).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Normal);
         let mut connection = options.connect().await.map_err(database_error)?;
         let migrated = sqlx::migrate!().run(&mut connection).await;
         migrated.map_err(|error| database_error(error.into()))?;
-        Ok(Self {
-            path: path.to_owned(),
-            connection,
-        })
+        Ok(Self { path: path.to_owned(), connection })
     }
 
     fn error(path: &Path) -> impl Fn(sqlx::Error) -> Error + use<> {
         let path = path.to_owned();
-        move |source| Error::Database {
-            path: path.clone(),
-            source,
-        }
+        move |source| Error::Database { path: path.clone(), source }
     }
 
     /// Adds a run and gives back its id; `run.id` is not looked at.
@@ -120,15 +106,10 @@ impl Store {
     /// Marks a run as over.
     pub async fn end_run(&mut self, run_id: i64, interrupted: bool) -> Result<()> {
         let ended_at = epoch_s();
-        sqlx::query!(
-            "UPDATE runs SET ended_at = ?, interrupted = ? WHERE id = ?",
-            ended_at,
-            interrupted,
-            run_id
-        )
-        .execute(&mut self.connection)
-        .await
-        .map_err(Self::error(&self.path))?;
+        sqlx::query!("UPDATE runs SET ended_at = ?, interrupted = ? WHERE id = ?", ended_at, interrupted, run_id)
+            .execute(&mut self.connection)
+            .await
+            .map_err(Self::error(&self.path))?;
         Ok(())
     }
 
@@ -190,10 +171,7 @@ impl Store {
                 Some(run_id) => format!("no run {run_id}; leave --run out to see all"),
                 None => "has no runs".into(),
             };
-            return Err(Error::NoRun {
-                path: self.path.clone(),
-                message,
-            });
+            return Err(Error::NoRun { path: self.path.clone(), message });
         }
         let runs = rows.into_iter().map(|row| Run {
             id: row.id,
@@ -208,12 +186,7 @@ impl Store {
             parallel: row.parallel,
             rate: row.rate,
             config: serde_json::from_str(&row.config).unwrap_or_default(),
-            environment: Environment {
-                version: row.version,
-                host: row.host,
-                cpu: row.cpu,
-                gpu: row.gpu,
-            },
+            environment: Environment { version: row.version, host: row.host, cpu: row.cpu, gpu: row.gpu },
             started_at: row.started_at,
             ended_at: row.ended_at,
             interrupted: row.interrupted,
@@ -260,16 +233,11 @@ impl Store {
 
     /// Closes the database; everything is in its one file afterwards.
     pub async fn close(self) -> Result<()> {
-        self.connection
-            .close()
-            .await
-            .map_err(Self::error(&self.path))
+        self.connection.close().await.map_err(Self::error(&self.path))
     }
 }
 
 /// Now, in seconds since 1970-01-01 UTC.
 pub fn epoch_s() -> f64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0.0, |since| since.as_secs_f64())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }

@@ -59,27 +59,14 @@ fn streamed(i: u32) -> RequestRecord {
 
 fn failed(i: u32, error: &str) -> RequestRecord {
     let sent_s = f64::from(i);
-    RequestRecord {
-        error: Some(error.into()),
-        intended_s: sent_s,
-        sent_s,
-        end_s: sent_s + 0.5,
-        ..Default::default()
-    }
+    RequestRecord { error: Some(error.into()), intended_s: sent_s, sent_s, end_s: sent_s + 0.5, ..Default::default() }
 }
 
 fn reports() -> Vec<Report> {
     let mut records: Vec<_> = (0..10).map(streamed).collect();
     records.push(failed(10, "HTTP 503: queue is full"));
     let closed = run();
-    let mut open = Run {
-        id: 4,
-        parallel: None,
-        rate: Some(2.5),
-        number: 4,
-        interrupted: true,
-        ..run()
-    };
+    let mut open = Run { id: 4, parallel: None, rate: Some(2.5), number: 4, interrupted: true, ..run() };
     open.dataset = "custom".into();
     open.synthetic = false;
     let late = |mut record: RequestRecord| {
@@ -96,19 +83,9 @@ fn reports() -> Vec<Report> {
         cached_tokens: Some(10),
         ..streamed(1)
     };
-    let few = [
-        late(streamed(0)),
-        whole,
-        failed(2, "read timeout"),
-        failed(3, "read timeout"),
-    ];
+    let few = [late(streamed(0)), whole, failed(2, "read timeout"), failed(3, "read timeout")];
     let reports = [(closed, &records[..]), (open, &few[..])];
-    reports
-        .map(|(run, records)| Report {
-            summary: summarise(&run, records),
-            run,
-        })
-        .into()
+    reports.map(|(run, records)| Report { summary: summarise(&run, records), run }).into()
 }
 
 #[test]
@@ -125,38 +102,23 @@ fn the_json_summary_keeps_to_its_schema() {
     let schema: Value = serde_json::from_str(include_str!("../schema.json")).unwrap();
     let validator = jsonschema::draft202012::new(&schema).unwrap();
     let summaries: Value = serde_json::from_str(&json(&reports())).unwrap();
-    let errors: Vec<String> = validator
-        .iter_errors(&summaries)
-        .map(|error| error.to_string())
-        .collect();
+    let errors: Vec<String> = validator.iter_errors(&summaries).map(|error| error.to_string()).collect();
     assert!(errors.is_empty(), "{errors:?}");
     let mut broken = summaries.clone();
     broken[0].as_object_mut().unwrap().remove("qps");
     assert!(!validator.is_valid(&broken));
     let nothing = summarise(&run(), &[]);
-    let empty = Report {
-        run: run(),
-        summary: nothing,
-    };
-    assert!(
-        validator.is_valid(&serde_json::from_str(&json(&[empty])).unwrap()),
-        "a run without requests"
-    );
+    let empty = Report { run: run(), summary: nothing };
+    assert!(validator.is_valid(&serde_json::from_str(&json(&[empty])).unwrap()), "a run without requests");
 }
 
 #[test]
 fn figures_follow_their_definitions() {
     let summary = &reports()[0].summary;
     let near = |value: Option<f64>, expected: f64| {
-        assert!(
-            (value.unwrap() - expected).abs() < 1e-9,
-            "{value:?} is not {expected}"
-        );
+        assert!((value.unwrap() - expected).abs() < 1e-9, "{value:?} is not {expected}");
     };
-    assert_eq!(
-        (summary.total_requests, summary.succeeded, summary.failed),
-        (11, 10, 1)
-    );
+    assert_eq!((summary.total_requests, summary.succeeded, summary.failed), (11, 10, 1));
     near(Some(summary.wall_s), 10.5);
     near(Some(summary.qps), 10.0 / 10.5);
     near(Some(summary.output_tok_s), 50.0 / 10.5);
@@ -178,10 +140,7 @@ fn figures_follow_their_definitions() {
 #[test]
 fn percentiles_are_nearest_ranks() {
     let percentiles = Percentiles::of((0..100).rev().map(f64::from).collect());
-    assert_eq!(
-        percentiles.0.map(Option::unwrap),
-        [50.0, 66.0, 75.0, 80.0, 90.0, 95.0, 98.0, 99.0]
-    );
+    assert_eq!(percentiles.0.map(Option::unwrap), [50.0, 66.0, 75.0, 80.0, 90.0, 95.0, 98.0, 99.0]);
     assert_eq!(Percentiles::of(vec![4.0]).0, [Some(4.0); 8]);
     assert_eq!(Percentiles::of(vec![]).0, [None; 8]);
 }

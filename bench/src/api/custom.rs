@@ -22,10 +22,7 @@ impl Api for Custom {
 
     fn body(&self, prompt: &Prompt, request: &RequestOptions<'_>) -> Result<Value> {
         let Some(template) = request.template else {
-            return Err(Error::flag(
-                "--query-template",
-                "--api custom needs it: a JSON body with %p for the prompt",
-            ));
+            return Err(Error::flag("--query-template", "--api custom needs it: a JSON body with %p for the prompt"));
         };
         let mut body = template.clone();
         let whole = match prompt {
@@ -59,20 +56,11 @@ fn fill(value: &mut Value, prompt: &Value, model: &str) {
                 *text = text.replace("%m", model);
             }
             if text.contains("%p") {
-                *text = text.replace(
-                    "%p",
-                    &prompt
-                        .as_str()
-                        .map_or_else(|| prompt.to_string(), str::to_owned),
-                );
+                *text = text.replace("%p", &prompt.as_str().map_or_else(|| prompt.to_string(), str::to_owned));
             }
         }
-        Value::Array(values) => values
-            .iter_mut()
-            .for_each(|value| fill(value, prompt, model)),
-        Value::Object(values) => values
-            .values_mut()
-            .for_each(|value| fill(value, prompt, model)),
+        Value::Array(values) => values.iter_mut().for_each(|value| fill(value, prompt, model)),
+        Value::Object(values) => values.values_mut().for_each(|value| fill(value, prompt, model)),
         _ => {}
     }
 }
@@ -100,18 +88,10 @@ mod tests {
             template: Some(&template),
             extra: &extra,
         };
-        let body = Custom
-            .body(&Prompt::Text("hi \"%m\"".into()), &options)
-            .unwrap();
-        assert_eq!(
-            body,
-            json!({"m": "mine", "input": ["Q: hi \"%m\"\nA:", "hi \"%m\""], "k": 3})
-        );
+        let body = Custom.body(&Prompt::Text("hi \"%m\"".into()), &options).unwrap();
+        assert_eq!(body, json!({"m": "mine", "input": ["Q: hi \"%m\"\nA:", "hi \"%m\""], "k": 3}));
         options.template = None;
-        let message = Custom
-            .body(&Prompt::Text("hi".into()), &options)
-            .unwrap_err()
-            .to_string();
+        let message = Custom.body(&Prompt::Text("hi".into()), &options).unwrap_err().to_string();
         assert!(message.starts_with("--query-template: "), "{message}");
     }
 }

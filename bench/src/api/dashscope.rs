@@ -23,11 +23,7 @@ impl Api for DashScope {
     }
 
     fn headers(&self, stream: bool) -> &'static [(&'static str, &'static str)] {
-        if stream {
-            &[("x-dashscope-sse", "enable")]
-        } else {
-            &[]
-        }
+        if stream { &[("x-dashscope-sse", "enable")] } else { &[] }
     }
 
     fn body(&self, prompt: &Prompt, request: &RequestOptions<'_>) -> Result<Value> {
@@ -40,32 +36,16 @@ impl Api for DashScope {
         let generation = request.generation;
         let mut parameters = Map::new();
         parameters.insert("result_format".into(), "message".into());
-        set(
-            &mut parameters,
-            "incremental_output",
-            request.stream.then_some(true),
-        );
+        set(&mut parameters, "incremental_output", request.stream.then_some(true));
         set(&mut parameters, "max_tokens", Some(request.max_tokens));
         set(&mut parameters, "temperature", Some(generation.temperature));
         set(&mut parameters, "top_p", generation.top_p);
         set(&mut parameters, "top_k", generation.top_k);
-        set(
-            &mut parameters,
-            "frequency_penalty",
-            generation.frequency_penalty,
-        );
-        set(
-            &mut parameters,
-            "logprobs",
-            generation.logprobs.then_some(true),
-        );
+        set(&mut parameters, "frequency_penalty", generation.frequency_penalty);
+        set(&mut parameters, "logprobs", generation.logprobs.then_some(true));
         set(&mut parameters, "n", generation.n_choices);
         set(&mut parameters, "seed", generation.seed);
-        set(
-            &mut parameters,
-            "stop",
-            (!generation.stop.is_empty()).then(|| generation.stop.clone()),
-        );
+        set(&mut parameters, "stop", (!generation.stop.is_empty()).then(|| generation.stop.clone()));
         parameters.extend(request.extra.clone());
         match body.get_mut("parameters") {
             Some(Value::Object(of_template)) => of_template.extend(parameters),
@@ -75,16 +55,10 @@ impl Api for DashScope {
     }
 
     fn read_message(&self, data: &[u8], answer: &mut Answer) -> Result<Message, String> {
-        let wire: Wire<'_> = serde_json::from_slice(data).map_err(|error| {
-            format!(
-                "not a DashScope message: {error}: {}",
-                super::openai::cut(data)
-            )
-        })?;
+        let wire: Wire<'_> = serde_json::from_slice(data)
+            .map_err(|error| format!("not a DashScope message: {error}: {}", super::openai::cut(data)))?;
         let Some(output) = wire.output else {
-            let code = wire
-                .code
-                .unwrap_or(Cow::Borrowed("no output in the answer"));
+            let code = wire.code.unwrap_or(Cow::Borrowed("no output in the answer"));
             return Err(format!("{code}: {}", wire.message.unwrap_or_default()));
         };
         if let Some(usage) = wire.usage {
@@ -108,20 +82,13 @@ impl Api for DashScope {
             take(output.text, output.finish_reason);
         }
         for choice in output.choices.into_iter().flatten() {
-            take(
-                choice.message.and_then(|message| message.content),
-                choice.finish_reason,
-            );
+            take(choice.message.and_then(|message| message.content), choice.finish_reason);
         }
         Ok(message)
     }
 
     fn read_body(&self, body: &[u8], answer: &mut Answer) -> Result<(), String> {
-        if self.read_message(body, answer)?.has_choices {
-            Ok(())
-        } else {
-            Err("the answer has no choices".into())
-        }
+        if self.read_message(body, answer)?.has_choices { Ok(()) } else { Err("the answer has no choices".into()) }
     }
 }
 
@@ -177,12 +144,7 @@ mod tests {
             template: None,
             extra: &extra,
         };
-        insta::assert_json_snapshot!(
-            "dashscope_body",
-            DashScope
-                .body(&Prompt::Text("hi".into()), &options)
-                .unwrap()
-        );
+        insta::assert_json_snapshot!("dashscope_body", DashScope.body(&Prompt::Text("hi".into()), &options).unwrap());
     }
 
     #[test]
@@ -190,26 +152,13 @@ mod tests {
         let mut answer = Answer::default();
         let mut read = |data: &str| DashScope.read_message(data.as_bytes(), &mut answer);
         let first = r#"{"output":{"choices":[{"message":{"content":"你","role":"assistant"},"finish_reason":"null"}]},"usage":{"input_tokens":3,"output_tokens":1}}"#;
-        assert_eq!(
-            read(first).unwrap(),
-            Message {
-                has_choices: true,
-                has_output: true,
-                finishes: false
-            }
+        assert_eq!(read(first).unwrap(), Message { has_choices: true, has_output: true, finishes: false });
+        assert!(
+            read(r#"{"output":{"text":"好","finish_reason":"stop"},"usage":{"input_tokens":3,"output_tokens":2}}"#)
+                .unwrap()
+                .finishes
         );
-        assert!(read(r#"{"output":{"text":"好","finish_reason":"stop"},"usage":{"input_tokens":3,"output_tokens":2}}"#).unwrap().finishes);
-        assert_eq!(
-            read(r#"{"code":"InvalidApiKey","message":"bad key"}"#).unwrap_err(),
-            "InvalidApiKey: bad key"
-        );
-        assert_eq!(
-            (
-                answer.text.as_str(),
-                answer.prompt_tokens,
-                answer.completion_tokens
-            ),
-            ("你好", Some(3), Some(2))
-        );
+        assert_eq!(read(r#"{"code":"InvalidApiKey","message":"bad key"}"#).unwrap_err(), "InvalidApiKey: bad key");
+        assert_eq!((answer.text.as_str(), answer.prompt_tokens, answer.completion_tokens), ("你好", Some(3), Some(2)));
     }
 }

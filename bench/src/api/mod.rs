@@ -51,17 +51,10 @@ pub trait Api: Sync + Send {
 /// # Errors
 /// If there is none: the error lists those that exist.
 pub fn find(name: &str) -> Result<&'static dyn Api> {
-    TABLE
-        .iter()
-        .copied()
-        .find(|api| api.name() == name)
-        .ok_or_else(|| {
-            let names: Vec<&str> = TABLE.iter().map(|api| api.name()).collect();
-            Error::flag(
-                "--api",
-                format!("no API {name:?}; there are {}", names.join(", ")),
-            )
-        })
+    TABLE.iter().copied().find(|api| api.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = TABLE.iter().map(|api| api.name()).collect();
+        Error::flag("--api", format!("no API {name:?}; there are {}", names.join(", ")))
+    })
 }
 
 /// What the flags say about the generation of answers.
@@ -124,10 +117,7 @@ fn messages(prompt: &Prompt) -> Result<Value> {
             "--url",
             "this dataset sends token ids, which only a /v1/completions endpoint takes; give that, or a bare host",
         )),
-        Prompt::Body(_) => Err(Error::flag(
-            "--dataset",
-            "whole request bodies need --api openai",
-        )),
+        Prompt::Body(_) => Err(Error::flag("--dataset", "whole request bodies need --api openai")),
     }
 }
 
@@ -144,12 +134,6 @@ mod tests {
     #[test]
     fn names_are_sorted_and_unique() {
         assert!(TABLE.windows(2).all(|pair| pair[0].name() < pair[1].name()));
-        assert!(
-            find("grpc")
-                .err()
-                .unwrap()
-                .to_string()
-                .contains("custom, dashscope, openai")
-        );
+        assert!(find("grpc").err().unwrap().to_string().contains("custom, dashscope, openai"));
     }
 }

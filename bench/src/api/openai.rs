@@ -21,11 +21,7 @@ impl Api for OpenAi {
     }
 
     fn completion(&self, token_prompts: bool) -> Completion {
-        if token_prompts {
-            Completion::Completions
-        } else {
-            Completion::Chat
-        }
+        if token_prompts { Completion::Completions } else { Completion::Chat }
     }
 
     fn body(&self, prompt: &Prompt, request: &RequestOptions<'_>) -> Result<Value> {
@@ -56,24 +52,12 @@ impl Api for OpenAi {
         set(&mut body, "top_k", generation.top_k);
         set(&mut body, "frequency_penalty", generation.frequency_penalty);
         let logprobs = if chat { json!(true) } else { json!(1) };
-        set(
-            &mut body,
-            "logprobs",
-            generation.logprobs.then_some(logprobs),
-        );
+        set(&mut body, "logprobs", generation.logprobs.then_some(logprobs));
         set(&mut body, "n", generation.n_choices);
         set(&mut body, "seed", generation.seed);
-        set(
-            &mut body,
-            "stop",
-            (!generation.stop.is_empty()).then(|| generation.stop.clone()),
-        );
+        set(&mut body, "stop", (!generation.stop.is_empty()).then(|| generation.stop.clone()));
         let stop_ids = &generation.stop_token_ids;
-        set(
-            &mut body,
-            "stop_token_ids",
-            (!stop_ids.is_empty()).then(|| stop_ids.clone()),
-        );
+        set(&mut body, "stop_token_ids", (!stop_ids.is_empty()).then(|| stop_ids.clone()));
         set(&mut body, "stream", Some(request.stream));
         if request.stream {
             body.insert("stream_options".into(), json!({"include_usage": true}));
@@ -86,21 +70,13 @@ impl Api for OpenAi {
     }
 
     fn read_message(&self, data: &[u8], answer: &mut Answer) -> Result<Message, String> {
-        let wire: Wire<'_> = serde_json::from_slice(data).map_err(|error| {
-            format!(
-                "not an OpenAI message: {error}: {}",
-                super::openai::cut(data)
-            )
-        })?;
+        let wire: Wire<'_> = serde_json::from_slice(data)
+            .map_err(|error| format!("not an OpenAI message: {error}: {}", super::openai::cut(data)))?;
         wire.read(answer)
     }
 
     fn read_body(&self, body: &[u8], answer: &mut Answer) -> Result<(), String> {
-        if self.read_message(body, answer)?.has_choices {
-            Ok(())
-        } else {
-            Err("the answer has no choices".into())
-        }
+        if self.read_message(body, answer)?.has_choices { Ok(()) } else { Err("the answer has no choices".into()) }
     }
 }
 
@@ -168,9 +144,7 @@ impl Wire<'_> {
             answer.prompt_tokens = usage.prompt_tokens.or(answer.prompt_tokens);
             answer.completion_tokens = usage.completion_tokens.or(answer.completion_tokens);
             let details = usage.prompt_tokens_details;
-            answer.cached_tokens = details
-                .and_then(|details| details.cached_tokens)
-                .or(answer.cached_tokens);
+            answer.cached_tokens = details.and_then(|details| details.cached_tokens).or(answer.cached_tokens);
         }
         let mut message = Message::default();
         for choice in self.choices.into_iter().flatten() {
@@ -182,16 +156,10 @@ impl Wire<'_> {
             };
             if let Some(delta) = &choice.delta {
                 // vLLM says `reasoning`, older servers `reasoning_content`, some send both with the same text.
-                let reasoning = delta
-                    .reasoning
-                    .as_ref()
-                    .or(delta.reasoning_content.as_ref());
+                let reasoning = delta.reasoning.as_ref().or(delta.reasoning_content.as_ref());
                 reasoning.inspect(|text| output(&text.0));
                 delta.content.as_ref().inspect(|text| output(&text.0));
-                let calls = delta
-                    .tool_calls
-                    .map(RawValue::get)
-                    .filter(|calls| *calls != "[]");
+                let calls = delta.tool_calls.map(RawValue::get).filter(|calls| *calls != "[]");
                 calls.inspect(|calls| output(calls));
             }
             choice.text.as_ref().inspect(|text| output(&text.0));
@@ -210,10 +178,7 @@ pub(crate) fn error_text(error: &str) -> String {
         Ok(value) => value,
         Err(_) => return error.trim().chars().take(300).collect(),
     };
-    let inner = value
-        .get("error")
-        .filter(|inner| !inner.is_null())
-        .unwrap_or(&value);
+    let inner = value.get("error").filter(|inner| !inner.is_null()).unwrap_or(&value);
     let text = match inner.get("message").unwrap_or(inner) {
         Value::String(text) => text.clone(),
         other => other.to_string(),
@@ -237,40 +202,16 @@ mod tests {
             let (message, answer) = read(data);
             let message = message.unwrap();
             assert_eq!(
-                (
-                    message.has_choices,
-                    message.has_output,
-                    answer.text.as_str()
-                ),
+                (message.has_choices, message.has_output, answer.text.as_str()),
                 (true, has_output, text),
                 "{data}"
             );
         };
-        check(
-            r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}"#,
-            false,
-            "",
-        );
-        check(
-            r#"{"choices":[{"index":0,"delta":{"content":"a\n你"},"logprobs":null}]}"#,
-            true,
-            "a\n你",
-        );
-        check(
-            r#"{"choices":[{"delta":{"reasoning":"hm","reasoning_content":"hm"}}]}"#,
-            true,
-            "hm",
-        );
-        check(
-            r#"{"choices":[{"delta":{"tool_calls":[{"id":"x"}]}}]}"#,
-            true,
-            r#"[{"id":"x"}]"#,
-        );
-        check(
-            r#"{"choices":[{"delta":{"content":null,"tool_calls":[]}}]}"#,
-            false,
-            "",
-        );
+        check(r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}"#, false, "");
+        check(r#"{"choices":[{"index":0,"delta":{"content":"a\n你"},"logprobs":null}]}"#, true, "a\n你");
+        check(r#"{"choices":[{"delta":{"reasoning":"hm","reasoning_content":"hm"}}]}"#, true, "hm");
+        check(r#"{"choices":[{"delta":{"tool_calls":[{"id":"x"}]}}]}"#, true, r#"[{"id":"x"}]"#);
+        check(r#"{"choices":[{"delta":{"content":null,"tool_calls":[]}}]}"#, false, "");
         check(r#"{"choices":[{"text":" b","index":0}]}"#, true, " b");
         check(r#"{"choices":[{"text":"","token_ids":[5]}]}"#, true, "");
     }
@@ -280,42 +221,18 @@ mod tests {
         let usage = r#"{"choices":[],"usage":{"prompt_tokens":5,"total_tokens":8,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}"#;
         let (message, answer) = read(usage);
         assert_eq!(message.unwrap(), Message::default());
-        assert_eq!(
-            (
-                answer.prompt_tokens,
-                answer.completion_tokens,
-                answer.cached_tokens
-            ),
-            (Some(5), Some(3), Some(4))
-        );
-        let (message, answer) =
-            read(r#"{"choices":[{"delta":{},"finish_reason":"length"}],"usage":null}"#);
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens), (Some(5), Some(3), Some(4)));
+        let (message, answer) = read(r#"{"choices":[{"delta":{},"finish_reason":"length"}],"usage":null}"#);
         assert!(message.unwrap().finishes);
         assert_eq!(answer.finish_reason.as_deref(), Some("length"));
     }
 
     #[test]
     fn errors_are_failures() {
-        assert_eq!(
-            read(r#"{"error":{"message":"no room","code":500}}"#)
-                .0
-                .unwrap_err(),
-            "no room"
-        );
-        assert_eq!(
-            read(r#"{"error":"model not loaded"}"#).0.unwrap_err(),
-            "model not loaded"
-        );
-        assert!(
-            read("<html>")
-                .0
-                .unwrap_err()
-                .starts_with("not an OpenAI message")
-        );
-        assert_eq!(
-            OpenAi.read_body(b"{}", &mut Answer::default()).unwrap_err(),
-            "the answer has no choices"
-        );
+        assert_eq!(read(r#"{"error":{"message":"no room","code":500}}"#).0.unwrap_err(), "no room");
+        assert_eq!(read(r#"{"error":"model not loaded"}"#).0.unwrap_err(), "model not loaded");
+        assert!(read("<html>").0.unwrap_err().starts_with("not an OpenAI message"));
+        assert_eq!(OpenAi.read_body(b"{}", &mut Answer::default()).unwrap_err(), "the answer has no choices");
     }
 
     #[test]
@@ -347,24 +264,11 @@ mod tests {
         let prompt = Prompt::Text("hi".into());
         insta::assert_json_snapshot!("chat_body", OpenAi.body(&prompt, &options).unwrap());
         (options.kind, options.stream, options.template) = (EndpointKind::Completions, false, None);
-        insta::assert_json_snapshot!(
-            "completions_body",
-            OpenAi
-                .body(&Prompt::TokenIds(vec![1, 2]), &options)
-                .unwrap()
-        );
-        let whole = Prompt::Body(
-            json!({"model": "mine", "prompt": "x"})
-                .as_object()
-                .unwrap()
-                .clone(),
-        );
+        insta::assert_json_snapshot!("completions_body", OpenAi.body(&Prompt::TokenIds(vec![1, 2]), &options).unwrap());
+        let whole = Prompt::Body(json!({"model": "mine", "prompt": "x"}).as_object().unwrap().clone());
         assert_eq!(OpenAi.body(&whole, &options).unwrap()["model"], "mine");
         options.kind = EndpointKind::Chat;
-        let message = OpenAi
-            .body(&Prompt::TokenIds(vec![1]), &options)
-            .unwrap_err()
-            .to_string();
+        let message = OpenAi.body(&Prompt::TokenIds(vec![1]), &options).unwrap_err().to_string();
         assert!(message.contains("/v1/completions"), "{message}");
     }
 }

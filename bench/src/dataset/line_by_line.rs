@@ -29,13 +29,9 @@ impl Dataset for LineByLine {
                     }
                 },
                 Some(b'[') => match serde_json::from_str::<Value>(line) {
-                    Ok(messages) if is_messages(&messages) => {
-                        prompts.push(Prompt::Messages(messages))
-                    }
+                    Ok(messages) if is_messages(&messages) => prompts.push(Prompt::Messages(messages)),
                     Ok(_) => {
-                        return Err(wrong(
-                            "a JSON array, but not of messages with a \"role\"".into(),
-                        ));
+                        return Err(wrong("a JSON array, but not of messages with a \"role\"".into()));
                     }
                     // Text may well start with a bracket.
                     Err(_) => prompts.push(Prompt::Text(line.to_owned())),
@@ -49,8 +45,7 @@ impl Dataset for LineByLine {
 
 fn is_messages(value: &Value) -> bool {
     let mut messages = value.as_array().into_iter().flatten().peekable();
-    messages.peek().is_some()
-        && messages.all(|message| message.get("role").is_some_and(Value::is_string))
+    messages.peek().is_some() && messages.all(|message| message.get("role").is_some_and(Value::is_string))
 }
 
 #[cfg(test)]
@@ -61,17 +56,13 @@ mod tests {
 
     #[test]
     fn lines_are_text_messages_or_bodies() {
-        let text = "hello\n\n[1] a footnote\n[{\"role\":\"user\",\"content\":\"x\"}]\n{\"model\":\"m\",\"prompt\":\"y\"}\n";
+        let text =
+            "hello\n\n[1] a footnote\n[{\"role\":\"user\",\"content\":\"x\"}]\n{\"model\":\"m\",\"prompt\":\"y\"}\n";
         let expected = [
             Prompt::Text("hello".into()),
             Prompt::Text("[1] a footnote".into()),
             Prompt::Messages(json!([{"role": "user", "content": "x"}])),
-            Prompt::Body(
-                json!({"model": "m", "prompt": "y"})
-                    .as_object()
-                    .unwrap()
-                    .clone(),
-            ),
+            Prompt::Body(json!({"model": "m", "prompt": "y"}).as_object().unwrap().clone()),
         ];
         assert_eq!(LineByLine.parse(text).unwrap(), expected);
     }

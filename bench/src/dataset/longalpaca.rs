@@ -31,11 +31,7 @@ impl Dataset for LongAlpaca {
 
     fn parse(&self, text: &str) -> Result<Vec<Prompt>, (usize, String)> {
         let rows: Vec<&RawValue> = serde_json::from_str(text).map_err(|error| {
-            let what = if text.trim_start().starts_with('[') {
-                ""
-            } else {
-                "not a JSON array: "
-            };
+            let what = if text.trim_start().starts_with('[') { "" } else { "not a JSON array: " };
             (error.line().max(1), format!("{what}{error}"))
         })?;
         let mut prompts = Vec::with_capacity(rows.len());
@@ -57,8 +53,7 @@ mod tests {
 
     #[test]
     fn only_the_instruction_is_used() {
-        let text =
-            r#"[{"instruction":" a ","output":"x"},{"output":"y","instruction":"b","input":""}]"#;
+        let text = r#"[{"instruction":" a ","output":"x"},{"output":"y","instruction":"b","input":""}]"#;
         let expected = ["a", "b"].map(|text| Prompt::Text(text.into()));
         assert_eq!(LongAlpaca.parse(text).unwrap(), expected);
     }

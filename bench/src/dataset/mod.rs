@@ -15,13 +15,8 @@ use tokenizers::Tokenizer;
 use crate::{Error, Result};
 
 /// Every dataset that `--dataset` knows, by name.
-pub const TABLE: &[&dyn Dataset] = &[
-    &custom::Custom,
-    &line_by_line::LineByLine,
-    &longalpaca::LongAlpaca,
-    &openqa::OpenQa,
-    &random::Random,
-];
+pub const TABLE: &[&dyn Dataset] =
+    &[&custom::Custom, &line_by_line::LineByLine, &longalpaca::LongAlpaca, &openqa::OpenQa, &random::Random];
 
 /// A source of prompts.
 pub trait Dataset: Sync + Send {
@@ -60,17 +55,10 @@ pub trait Dataset: Sync + Send {
 /// # Errors
 /// If there is none: the error lists those that exist.
 pub fn find(name: &str) -> Result<&'static dyn Dataset> {
-    TABLE
-        .iter()
-        .copied()
-        .find(|dataset| dataset.name() == name)
-        .ok_or_else(|| {
-            let names: Vec<&str> = TABLE.iter().map(|dataset| dataset.name()).collect();
-            Error::flag(
-                "--dataset",
-                format!("no dataset {name:?}; there are {}", names.join(", ")),
-            )
-        })
+    TABLE.iter().copied().find(|dataset| dataset.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = TABLE.iter().map(|dataset| dataset.name()).collect();
+        Error::flag("--dataset", format!("no dataset {name:?}; there are {}", names.join(", ")))
+    })
 }
 
 /// What a request asks.
@@ -125,39 +113,20 @@ pub struct Loaded {
 /// If the file cannot be read, is of the wrong format, or no prompt passes the length filter.
 pub fn load(dataset: &dyn Dataset, n: usize, options: &DataOptions) -> Result<Loaded> {
     if let Some(text) = &options.prompt {
-        let samples = vec![Sample {
-            prompt: Prompt::Text(text.clone()),
-            output_tokens: None,
-        }];
-        return Ok(Loaded {
-            samples,
-            path: None,
-            synthetic: false,
-        });
+        let samples = vec![Sample { prompt: Prompt::Text(text.clone()), output_tokens: None }];
+        return Ok(Loaded { samples, path: None, synthetic: false });
     }
     if let Some(samples) = dataset.generate(n, options) {
-        return Ok(Loaded {
-            samples: samples?,
-            path: None,
-            synthetic: true,
-        });
+        return Ok(Loaded { samples: samples?, path: None, synthetic: true });
     }
     if let Some(path) = &options.path {
         let samples = read(dataset, path, options)?;
-        return Ok(Loaded {
-            samples,
-            path: Some(path.clone()),
-            synthetic: false,
-        });
+        return Ok(Loaded { samples, path: Some(path.clone()), synthetic: false });
     }
     let mut n_rows = n;
     loop {
         let Some(path) = dataset.synthesise(n_rows, options.seed) else {
-            let message = format!(
-                "--dataset {} needs a file of {}",
-                dataset.name(),
-                dataset.format()
-            );
+            let message = format!("--dataset {} needs a file of {}", dataset.name(), dataset.format());
             return Err(Error::flag("--dataset-path", message));
         };
         let path = path?;
@@ -165,11 +134,7 @@ pub fn load(dataset: &dyn Dataset, n: usize, options: &DataOptions) -> Result<Lo
         // A narrow length filter leaves few rows: one larger file is tried, then prompts repeat.
         let enough = samples.as_ref().is_ok_and(|samples| samples.len() >= n);
         if enough || n_rows > n {
-            return Ok(Loaded {
-                samples: samples?,
-                path: Some(path),
-                synthetic: true,
-            });
+            return Ok(Loaded { samples: samples?, path: Some(path), synthetic: true });
         }
         n_rows = (n * 8).clamp(n + 1, (n + 1).max(4096));
     }
@@ -186,21 +151,13 @@ fn read(dataset: &dyn Dataset, path: &Path, options: &DataOptions) -> Result<Vec
     };
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        wrong(
-            valid.iter().filter(|&&byte| byte == b'\n').count() + 1,
-            "not UTF-8 text".into(),
-        )
+        wrong(valid.iter().filter(|&&byte| byte == b'\n').count() + 1, "not UTF-8 text".into())
     })?;
-    let prompts = dataset
-        .parse(&text)
-        .map_err(|(line, message)| wrong(line, message))?;
+    let prompts = dataset.parse(&text).map_err(|(line, message)| wrong(line, message))?;
     let mut samples = Vec::new();
     for prompt in prompts {
         if keeps(&prompt, options)? {
-            samples.push(Sample {
-                prompt,
-                output_tokens: None,
-            });
+            samples.push(Sample { prompt, output_tokens: None });
         }
     }
     if samples.is_empty() {
@@ -208,11 +165,7 @@ fn read(dataset: &dyn Dataset, path: &Path, options: &DataOptions) -> Result<Vec
             source_name: path.display().to_string(),
             min: options.min_prompt_length,
             max: options.max_prompt_length,
-            unit: if options.tokenizer.is_some() {
-                "tokens"
-            } else {
-                "characters (tokens with --tokenizer-path)"
-            },
+            unit: if options.tokenizer.is_some() { "tokens" } else { "characters (tokens with --tokenizer-path)" },
         });
     }
     Ok(samples)
@@ -236,10 +189,7 @@ fn prompt_text(prompt: &Prompt) -> Option<Cow<'_, str>> {
     match prompt {
         Prompt::Text(text) => Some(text.into()),
         Prompt::Messages(messages) => {
-            let contents = messages
-                .as_array()?
-                .iter()
-                .filter_map(|message| message.get("content")?.as_str());
+            let contents = messages.as_array()?.iter().filter_map(|message| message.get("content")?.as_str());
             Some(contents.collect::<Vec<_>>().join("\n").into())
         }
         Prompt::TokenIds(_) | Prompt::Body(_) => None,
@@ -270,15 +220,8 @@ pub fn count_tokens(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
 /// # Errors
 /// If there is none or it cannot be read.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
-    let file = if path.is_dir() {
-        path.join("tokenizer.json")
-    } else {
-        path.to_owned()
-    };
-    Tokenizer::from_file(&file).map_err(|error| Error::Tokenizer {
-        path: file,
-        message: error.to_string(),
-    })
+    let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+    Tokenizer::from_file(&file).map_err(|error| Error::Tokenizer { path: file, message: error.to_string() })
 }
 
 #[cfg(test)]
@@ -288,24 +231,14 @@ mod tests {
     #[test]
     fn names_are_sorted_and_unique() {
         assert!(TABLE.windows(2).all(|pair| pair[0].name() < pair[1].name()));
-        assert!(
-            find("alpaca")
-                .err()
-                .unwrap()
-                .to_string()
-                .contains("longalpaca, openqa")
-        );
+        assert!(find("alpaca").err().unwrap().to_string().contains("longalpaca, openqa"));
     }
 
     fn load_text(name: &str, text: &str, change: impl FnOnce(&mut DataOptions)) -> Result<Loaded> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data");
         std::fs::write(&path, text).unwrap();
-        let mut options = DataOptions {
-            path: Some(path),
-            max_prompt_length: 100,
-            ..Default::default()
-        };
+        let mut options = DataOptions { path: Some(path), max_prompt_length: 100, ..Default::default() };
         change(&mut options);
         load(find(name).unwrap(), 10, &options)
     }
@@ -319,31 +252,11 @@ mod tests {
                 assert!(message.contains(part), "{message:?} lacks {part:?}");
             }
         };
-        check(
-            "openqa",
-            "{\"question\":\"a\"}\n\n{\"instruction\":\"b\"}\n",
-            3,
-            &["question", "JSON object a line"],
-        );
-        check(
-            "openqa",
-            "[\n{\"question\":\"a\"}]",
-            1,
-            &["JSON object a line"],
-        );
+        check("openqa", "{\"question\":\"a\"}\n\n{\"instruction\":\"b\"}\n", 3, &["question", "JSON object a line"]);
+        check("openqa", "[\n{\"question\":\"a\"}]", 1, &["JSON object a line"]);
         check("openqa", "not json\n", 1, &[]);
-        check(
-            "longalpaca",
-            "{\"instruction\":\"a\"}\n{\"instruction\":\"b\"}\n",
-            1,
-            &["array", "instruction"],
-        );
-        check(
-            "longalpaca",
-            "[{\"instruction\":\"a\"},\n {\"question\":\"b\"}]",
-            2,
-            &["row 2", "instruction"],
-        );
+        check("longalpaca", "{\"instruction\":\"a\"}\n{\"instruction\":\"b\"}\n", 1, &["array", "instruction"]);
+        check("longalpaca", "[{\"instruction\":\"a\"},\n {\"question\":\"b\"}]", 2, &["row 2", "instruction"]);
         check("longalpaca", "[{\"instruction\":\"a\"},\n", 2, &[]);
         check("line_by_line", "plain\n{\"broken\": \n", 2, &["JSON"]);
         check("line_by_line", "[1, 2]\n", 1, &["messages"]);
@@ -354,75 +267,37 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data");
         std::fs::write(&path, b"ok\n\xff\xfe\n").unwrap();
-        let options = DataOptions {
-            path: Some(path),
-            max_prompt_length: 100,
-            ..Default::default()
-        };
-        let message = load(find("custom").unwrap(), 1, &options)
-            .unwrap_err()
-            .to_string();
+        let options = DataOptions { path: Some(path), max_prompt_length: 100, ..Default::default() };
+        let message = load(find("custom").unwrap(), 1, &options).unwrap_err().to_string();
         assert!(message.contains("/data:2: not UTF-8 text"), "{message}");
     }
 
     #[test]
     fn the_length_filter_counts_characters_and_includes_its_bounds() {
-        let loaded = load_text(
-            "custom",
-            "你\n你好\n你好吗\n你好世界\n",
-            |options| {
-                (options.min_prompt_length, options.max_prompt_length) = (2, 3);
-            },
-        )
+        let loaded = load_text("custom", "你\n你好\n你好吗\n你好世界\n", |options| {
+            (options.min_prompt_length, options.max_prompt_length) = (2, 3);
+        })
         .unwrap();
-        let texts: Vec<_> = loaded
-            .samples
-            .iter()
-            .map(|sample| sample.prompt.clone())
-            .collect();
-        assert_eq!(
-            texts,
-            [Prompt::Text("你好".into()), Prompt::Text("你好吗".into())]
-        );
+        let texts: Vec<_> = loaded.samples.iter().map(|sample| sample.prompt.clone()).collect();
+        assert_eq!(texts, [Prompt::Text("你好".into()), Prompt::Text("你好吗".into())]);
         assert!(!loaded.synthetic);
-        let message = load_text("custom", "abc\n", |options| options.max_prompt_length = 1)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("--max-prompt-length 1 characters"),
-            "{message}"
-        );
+        let message = load_text("custom", "abc\n", |options| options.max_prompt_length = 1).unwrap_err().to_string();
+        assert!(message.contains("--max-prompt-length 1 characters"), "{message}");
     }
 
     #[test]
     fn a_missing_file_or_path_is_named() {
-        let options = DataOptions {
-            path: Some("/nowhere/x.jsonl".into()),
-            ..Default::default()
-        };
-        let message = load(find("openqa").unwrap(), 1, &options)
-            .unwrap_err()
-            .to_string();
+        let options = DataOptions { path: Some("/nowhere/x.jsonl".into()), ..Default::default() };
+        let message = load(find("openqa").unwrap(), 1, &options).unwrap_err().to_string();
         assert!(message.contains("/nowhere/x.jsonl"), "{message}");
-        let message = load(find("custom").unwrap(), 1, &DataOptions::default())
-            .unwrap_err()
-            .to_string();
+        let message = load(find("custom").unwrap(), 1, &DataOptions::default()).unwrap_err().to_string();
         assert!(message.starts_with("--dataset-path: "), "{message}");
     }
 
     #[test]
     fn one_prompt_can_stand_for_all() {
-        let options = DataOptions {
-            prompt: Some("hi".into()),
-            ..Default::default()
-        };
+        let options = DataOptions { prompt: Some("hi".into()), ..Default::default() };
         let loaded = load(find("openqa").unwrap(), 5, &options).unwrap();
-        assert_eq!(
-            loaded.samples,
-            [Sample {
-                prompt: Prompt::Text("hi".into()),
-                output_tokens: None
-            }]
-        );
+        assert_eq!(loaded.samples, [Sample { prompt: Prompt::Text("hi".into()), output_tokens: None }]);
     }
 }

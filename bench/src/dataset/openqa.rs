@@ -32,8 +32,7 @@ impl Dataset for OpenQa {
         let mut prompts = Vec::new();
         for (line_idx, line) in text.lines().enumerate() {
             if !line.trim().is_empty() {
-                let row: Row = serde_json::from_str(line)
-                    .map_err(|error| (line_idx + 1, error.to_string()))?;
+                let row: Row = serde_json::from_str(line).map_err(|error| (line_idx + 1, error.to_string()))?;
                 prompts.push(Prompt::Text(row.question.trim().to_owned()));
             }
         }

@@ -33,33 +33,21 @@ impl Dataset for Random {
 
 fn samples(n: usize, options: &DataOptions) -> Result<Vec<Sample>> {
     if options.path.is_some() {
-        return Err(Error::flag(
-            "--dataset-path",
-            "--dataset random takes no file",
-        ));
+        return Err(Error::flag("--dataset-path", "--dataset random takes no file"));
     }
     let vocab_size = match (options.random_vocab_size, &options.tokenizer) {
         (Some(size), _) => size,
         (None, Some(tokenizer)) => tokenizer.get_vocab_size(false) as u32,
         (None, None) => {
-            return Err(Error::flag(
-                "--random-vocab-size",
-                "--dataset random needs it, or --tokenizer-path",
-            ));
+            return Err(Error::flag("--random-vocab-size", "--dataset random needs it, or --tokenizer-path"));
         }
     };
     if vocab_size < 2 {
         return Err(Error::flag("--random-vocab-size", "must be at least 2"));
     }
-    let own_bounds = matches!(
-        options.length_distribution.as_str(),
-        "openqa" | "longalpaca"
-    );
+    let own_bounds = matches!(options.length_distribution.as_str(), "openqa" | "longalpaca");
     if options.max_prompt_length >= 131_072 && !own_bounds {
-        return Err(Error::flag(
-            "--max-prompt-length",
-            "--dataset random needs it, in tokens",
-        ));
+        return Err(Error::flag("--max-prompt-length", "--dataset random needs it, in tokens"));
     }
     let shape = lengths::load_shape(&options.length_distribution, bounds(options))?;
     let mut rng = StdRng::seed_from_u64(options.seed);
@@ -73,20 +61,14 @@ fn samples(n: usize, options: &DataOptions) -> Result<Vec<Sample>> {
         let mut ids = Vec::with_capacity(n_tokens);
         ids.push(first(i));
         ids.extend((1..n_tokens).map(|_| rng.random_range(0..vocab_size)));
-        Sample {
-            prompt: Prompt::TokenIds(ids),
-            output_tokens: Some(output_tokens),
-        }
+        Sample { prompt: Prompt::TokenIds(ids), output_tokens: Some(output_tokens) }
     });
     Ok(samples.collect())
 }
 
 fn bounds(options: &DataOptions) -> Bounds {
     let to_u32 = |length: usize| length.clamp(1, u32::MAX as usize) as u32;
-    let own_lengths = matches!(
-        options.length_distribution.as_str(),
-        "openqa" | "longalpaca"
-    );
+    let own_lengths = matches!(options.length_distribution.as_str(), "openqa" | "longalpaca");
     let output = match (options.min_tokens, options.max_tokens) {
         (Some(min), Some((_, high))) => Some((min.min(high), high)),
         // One --max-tokens asks for exactly that many, except where the load has lengths of its own.
@@ -95,13 +77,7 @@ fn bounds(options: &DataOptions) -> Bounds {
         (Some(min), None) if own_lengths => Some((min, u32::MAX)),
         (_, None) => None,
     };
-    Bounds {
-        prompt: (
-            to_u32(options.min_prompt_length),
-            to_u32(options.max_prompt_length),
-        ),
-        output,
-    }
+    Bounds { prompt: (to_u32(options.min_prompt_length), to_u32(options.max_prompt_length)), output }
 }
 
 #[cfg(test)]
@@ -126,36 +102,19 @@ mod tests {
         let made = samples(500, &options()).unwrap();
         let mut firsts = HashSet::new();
         for sample in &made {
-            let Prompt::TokenIds(ids) = &sample.prompt else {
-                panic!("not token ids")
-            };
+            let Prompt::TokenIds(ids) = &sample.prompt else { panic!("not token ids") };
             assert!((3..=9).contains(&ids.len()) && ids.iter().all(|&id| id < 500));
             assert!(firsts.insert(ids[0]));
             assert_eq!(sample.output_tokens, Some(4));
         }
         assert_eq!(made, samples(500, &options()).unwrap());
-        assert_ne!(
-            made,
-            samples(
-                500,
-                &DataOptions {
-                    seed: 1,
-                    ..options()
-                }
-            )
-            .unwrap()
-        );
+        assert_ne!(made, samples(500, &DataOptions { seed: 1, ..options() }).unwrap());
     }
 
     #[test]
     fn output_bounds_follow_the_flags() {
         let check = |distribution: &str, min_tokens, max_tokens, expected| {
-            let options = DataOptions {
-                length_distribution: distribution.into(),
-                min_tokens,
-                max_tokens,
-                ..options()
-            };
+            let options = DataOptions { length_distribution: distribution.into(), min_tokens, max_tokens, ..options() };
             assert_eq!(bounds(&options).output, expected);
         };
         check("uniform", None, Some((8, 8)), Some((8, 8)));
@@ -174,18 +133,9 @@ mod tests {
             let message = samples(1, &options).unwrap_err().to_string();
             assert!(message.starts_with(flag), "{message}");
         };
-        check(
-            |options| options.random_vocab_size = None,
-            "--random-vocab-size: ",
-        );
-        check(
-            |options| options.max_prompt_length = 131_072,
-            "--max-prompt-length: ",
-        );
+        check(|options| options.random_vocab_size = None, "--random-vocab-size: ");
+        check(|options| options.max_prompt_length = 131_072, "--max-prompt-length: ");
         check(|options| options.max_tokens = None, "--max-tokens: ");
-        check(
-            |options| options.path = Some("x".into()),
-            "--dataset-path: ",
-        );
+        check(|options| options.path = Some("x".into()), "--dataset-path: ");
     }
 }

@@ -392,14 +392,7 @@ const TITLES: &[&str] = &[
     "{s} and the {a} {n}, {l}, {y}",
 ];
 
-const HEADINGS: &[&str] = &[
-    "The {a} {n}",
-    "{s} from {l}",
-    "{m}",
-    "After {y}",
-    "A {n} {v}",
-    "{s} and {s}",
-];
+const HEADINGS: &[&str] = &["The {a} {n}", "{s} from {l}", "{m}", "After {y}", "A {n} {v}", "{s} and {s}"];
 
 const QUESTIONS: &[&str] = &[
     "What reasons does the text give for the {n} being {v} {d}?",
@@ -433,23 +426,18 @@ pub(super) fn instruction(rng: &mut impl Rng, n_tokens: u32) -> String {
     text.push_str("\n\n");
     let question = sentence(rng, QUESTIONS, LEXICON);
     let mut left_in_paragraph = 5;
-    grow(
-        rng,
-        &mut text,
-        n_words.saturating_sub(words(&question) + 14),
-        |rng, text| {
-            left_in_paragraph -= 1;
-            if left_in_paragraph > 0 {
-                return " ";
-            }
-            left_in_paragraph = rng.random_range(3..9);
-            if rng.random_bool(0.12) {
-                text.push_str("\n\n## ");
-                text.push_str(&capitalised(sentence(rng, HEADINGS, LEXICON)));
-            }
-            "\n\n"
-        },
-    );
+    grow(rng, &mut text, n_words.saturating_sub(words(&question) + 14), |rng, text| {
+        left_in_paragraph -= 1;
+        if left_in_paragraph > 0 {
+            return " ";
+        }
+        left_in_paragraph = rng.random_range(3..9);
+        if rng.random_bool(0.12) {
+            text.push_str("\n\n## ");
+            text.push_str(&capitalised(sentence(rng, HEADINGS, LEXICON)));
+        }
+        "\n\n"
+    });
     text.push_str("\n\nNow the text ends. Answer this question from the text alone.\n");
     text.push_str(&question);
     text
@@ -480,9 +468,7 @@ fn words(text: &str) -> usize {
 
 fn capitalised(text: String) -> String {
     let mut chars = text.chars();
-    chars.next().map_or(String::new(), |first| {
-        first.to_uppercase().collect::<String>() + chars.as_str()
-    })
+    chars.next().map_or(String::new(), |first| first.to_uppercase().collect::<String>() + chars.as_str())
 }
 
 #[cfg(test)]

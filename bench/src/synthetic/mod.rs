@@ -30,38 +30,18 @@ pub struct Kind {
 }
 
 /// HC3-Chinese `open_qa.jsonl`: 3,293 rows.
-pub const OPENQA: Kind = Kind {
-    name: "openqa",
-    extension: "jsonl",
-    min_rows: 3293,
-    write: write_openqa,
-};
+pub const OPENQA: Kind = Kind { name: "openqa", extension: "jsonl", min_rows: 3293, write: write_openqa };
 
 /// `LongAlpaca-12k.json`, of which as many rows are made as a run needs.
-pub const LONGALPACA: Kind = Kind {
-    name: "longalpaca",
-    extension: "json",
-    min_rows: 64,
-    write: write_longalpaca,
-};
+pub const LONGALPACA: Kind = Kind { name: "longalpaca", extension: "json", min_rows: 64, write: write_longalpaca };
 
 /// Question length in tokens. No histogram of the real file is published: fitted to its known mean of about 22.
-const QUESTION_TOKENS: Lengths = Lengths::LogNormal {
-    median: 18.0,
-    sigma: 0.6,
-    min: 4,
-    max: 100,
-};
+const QUESTION_TOKENS: Lengths = Lengths::LogNormal { median: 18.0, sigma: 0.6, min: 4, max: 100 };
 
 /// Instruction length in tokens: three quarters long documents, one quarter short instructions, fitted to the real
 /// file's size and to the share of rows that a published 16k-token subset keeps.
-const INSTRUCTION_TOKENS: Lengths = Lengths::Mixture {
-    share: 0.75,
-    first: (13_000.0, 0.45),
-    second: (60.0, 0.7),
-    min: (3_000, 8),
-    max: 32_000,
-};
+const INSTRUCTION_TOKENS: Lengths =
+    Lengths::Mixture { share: 0.75, first: (13_000.0, 0.45), second: (60.0, 0.7), min: (3_000, 8), max: 32_000 };
 
 /// Path of a file of `kind` with at least `n_rows` rows, made if the user's cache has none.
 ///
@@ -73,15 +53,8 @@ pub fn cached_file(kind: &Kind, n_rows: usize, seed: u64) -> Result<PathBuf> {
 
 fn cached_file_in(folder: &Path, kind: &Kind, n_rows: usize, seed: u64) -> Result<PathBuf> {
     // Few sizes, so that runs share files. Row i is the same in all of them.
-    let n_rows = if n_rows <= kind.min_rows {
-        kind.min_rows
-    } else {
-        n_rows.next_power_of_two()
-    };
-    let name = format!(
-        "{}-v{VERSION}-seed{seed}-{n_rows}.{}",
-        kind.name, kind.extension
-    );
+    let n_rows = if n_rows <= kind.min_rows { kind.min_rows } else { n_rows.next_power_of_two() };
+    let name = format!("{}-v{VERSION}-seed{seed}-{n_rows}.{}", kind.name, kind.extension);
     let path = folder.join(&name);
     if path.is_file() {
         return Ok(path);
@@ -100,11 +73,7 @@ fn cached_file_in(folder: &Path, kind: &Kind, n_rows: usize, seed: u64) -> Resul
 }
 
 fn cache_folder() -> Result<PathBuf> {
-    let folder = |variable: &str| {
-        std::env::var_os(variable)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let folder = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     let cache = cache.ok_or_else(|| {
         Error::flag(
@@ -116,10 +85,7 @@ fn cache_folder() -> Result<PathBuf> {
 }
 
 fn row_rng(seed: u64, row: usize) -> StdRng {
-    StdRng::seed_from_u64(
-        seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .wrapping_add(row as u64),
-    )
+    StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(row as u64))
 }
 
 fn write_openqa(out: &mut dyn Write, n_rows: usize, seed: u64) -> std::io::Result<()> {
@@ -154,19 +120,9 @@ mod tests {
     fn texts(kind: &Kind, n_rows: usize) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = cached_file_in(folder.path(), kind, n_rows, 7).unwrap();
-        assert_eq!(
-            path,
-            cached_file_in(folder.path(), kind, n_rows, 7).unwrap()
-        );
-        assert_eq!(
-            fs::read_dir(folder.path()).unwrap().count(),
-            1,
-            "no partial file is left"
-        );
-        let prompts = dataset::find(kind.name)
-            .unwrap()
-            .parse(&fs::read_to_string(path).unwrap())
-            .unwrap();
+        assert_eq!(path, cached_file_in(folder.path(), kind, n_rows, 7).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file is left");
+        let prompts = dataset::find(kind.name).unwrap().parse(&fs::read_to_string(path).unwrap()).unwrap();
         let text = |prompt| match prompt {
             Prompt::Text(text) => text,
             other => panic!("{other:?} is not text"),
@@ -180,51 +136,28 @@ mod tests {
         assert_eq!(texts.len(), 3293);
         let distinct: HashSet<_> = texts.iter().collect();
         assert!(distinct.len() > 3250, "{}", distinct.len());
-        let heads: HashSet<String> = texts
-            .iter()
-            .map(|text| text.chars().take(6).collect())
-            .collect();
+        let heads: HashSet<String> = texts.iter().map(|text| text.chars().take(6).collect()).collect();
         assert!(heads.len() > 1500, "{}", heads.len());
-        let mean = texts.iter().map(|text| text.chars().count()).sum::<usize>() as f64
-            / texts.len() as f64;
-        assert!(
-            (26.0..42.0).contains(&mean),
-            "mean of {mean} characters is not about 22 tokens"
-        );
-        let chinese = |text: &String| {
-            text.chars()
-                .filter(|c| ('\u{4e00}'..='\u{9fff}').contains(c))
-                .count()
-        };
-        assert!(
-            texts
-                .iter()
-                .all(|text| chinese(text) * 10 > text.chars().count() * 6)
-        );
+        let mean = texts.iter().map(|text| text.chars().count()).sum::<usize>() as f64 / texts.len() as f64;
+        assert!((26.0..42.0).contains(&mean), "mean of {mean} characters is not about 22 tokens");
+        let chinese = |text: &String| text.chars().filter(|c| ('\u{4e00}'..='\u{9fff}').contains(c)).count();
+        assert!(texts.iter().all(|text| chinese(text) * 10 > text.chars().count() * 6));
     }
 
     #[test]
     fn documents_are_long_varied_english() {
         let texts = texts(&LONGALPACA, 64);
         assert_eq!(texts.len(), 64);
-        let heads: HashSet<String> = texts
-            .iter()
-            .map(|text| text.chars().take(32).collect())
-            .collect();
+        let heads: HashSet<String> = texts.iter().map(|text| text.chars().take(32).collect()).collect();
         assert_eq!(heads.len(), 64, "documents differ from the start");
-        let n_words: Vec<usize> = texts
-            .iter()
-            .map(|text| text.split_whitespace().count())
-            .collect();
+        let n_words: Vec<usize> = texts.iter().map(|text| text.split_whitespace().count()).collect();
         let n_short = n_words.iter().filter(|&&n| n < 1000).count();
         assert!((6..=28).contains(&n_short), "{n_short} of 64 are short");
         let mean = n_words.iter().sum::<usize>() as f64 / 64.0;
         assert!((6_500.0..11_500.0).contains(&mean), "{mean} words");
         let longest = texts.iter().max_by_key(|text| text.len()).unwrap();
         let mut counts: HashMap<&str, usize> = HashMap::new();
-        longest
-            .split_whitespace()
-            .for_each(|word| *counts.entry(word).or_default() += 1);
+        longest.split_whitespace().for_each(|word| *counts.entry(word).or_default() += 1);
         assert!(counts.len() > 700, "{} different words", counts.len());
     }
 

@@ -25,10 +25,7 @@ pub(super) fn fill(rng: &mut impl Rng, template: &str, lexicon: Lexicon<'_>) -> 
 }
 
 fn word<'a>(rng: &mut impl Rng, slot: &'a str, lexicon: Lexicon<'a>) -> &'a str {
-    let list = lexicon
-        .iter()
-        .find(|(letter, _)| slot.starts_with(*letter))
-        .map_or(&[][..], |(_, list)| list);
+    let list = lexicon.iter().find(|(letter, _)| slot.starts_with(*letter)).map_or(&[][..], |(_, list)| list);
     list.choose(rng).copied().unwrap_or(slot)
 }
 
@@ -42,16 +39,10 @@ pub(super) fn sentence(rng: &mut impl Rng, templates: &[&str], lexicon: Lexicon<
 #[cfg(test)]
 pub(super) fn check(templates: &[&str], lexicon: Lexicon<'_>) {
     for template in templates {
-        for slot in template
-            .split('{')
-            .skip(1)
-            .map(|part| part.split_once('}').unwrap().0)
-        {
+        for slot in template.split('{').skip(1).map(|part| part.split_once('}').unwrap().0) {
             let known = slot == "#"
                 || slot == "y"
-                || lexicon
-                    .iter()
-                    .any(|(letter, list)| slot.starts_with(*letter) && !list.is_empty());
+                || lexicon.iter().any(|(letter, list)| slot.starts_with(*letter) && !list.is_empty());
             assert!(known, "{{{slot}}} of {template:?}");
         }
     }

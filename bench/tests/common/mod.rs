@@ -35,21 +35,11 @@ pub enum Step {
 
 impl Script {
     pub fn json(status: u16, body: &str) -> Self {
-        Self {
-            status,
-            content_type: "application/json",
-            steps: vec![send(body)],
-            ..Self::default()
-        }
+        Self { status, content_type: "application/json", steps: vec![send(body)], ..Self::default() }
     }
 
     pub fn sse(steps: Vec<Step>) -> Self {
-        Self {
-            status: 200,
-            content_type: "text/event-stream",
-            steps,
-            ..Self::default()
-        }
+        Self { status: 200, content_type: "text/event-stream", steps, ..Self::default() }
     }
 }
 
@@ -89,12 +79,10 @@ impl Server {
                 let (socket, _) = listener.accept().await.unwrap();
                 socket.set_nodelay(true).unwrap();
                 let (script, log) = (Arc::clone(&script), Arc::clone(&log));
-                let service = service_fn(move |request| {
-                    answer(request, Arc::clone(&script), Arc::clone(&log), connection)
-                });
+                let service =
+                    service_fn(move |request| answer(request, Arc::clone(&script), Arc::clone(&log), connection));
                 tokio::spawn(
-                    hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(socket), service),
+                    hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service),
                 );
             }
         });
@@ -119,25 +107,12 @@ async fn answer(
     connection: usize,
 ) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
-    let authorization = request
-        .headers()
-        .get("authorization")
-        .map(|value| value.to_str().unwrap().to_owned());
-    let bytes = request
-        .into_body()
-        .collect()
-        .await
-        .map(|body| body.to_bytes())
-        .unwrap_or_default();
+    let authorization = request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+    let bytes = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let body = serde_json::from_slice(&bytes).unwrap_or_default();
     let i = {
         let mut log = log.lock().unwrap();
-        log.push(Seen {
-            path,
-            authorization,
-            body,
-            connection,
-        });
+        log.push(Seen { path, authorization, body, connection });
         log.len() - 1
     };
     let script = script(i);
@@ -153,8 +128,6 @@ async fn answer(
         }
     });
     let body = StreamBody::new(steps).boxed_unsync();
-    let response = Response::builder()
-        .status(script.status)
-        .header("content-type", script.content_type);
+    let response = Response::builder().status(script.status).header("content-type", script.content_type);
     Ok(response.body(body).unwrap())
 }

@@ -300,8 +300,19 @@ impl Forward {
         if let Some((k, v)) = self.kv.maps.get(layer) {
             let (n_tiles, n_kv) = (Int(n_tiles as i32), Int(self.spec.n_kv_heads as i32));
             let args = [
-                Map(k), Map(v), qkv, out, cu_seqlens, context_lens, block_tables, max_blocks, tiles, n_tiles, n_kv,
-                scale, window,
+                Map(k),
+                Map(v),
+                qkv,
+                out,
+                cu_seqlens,
+                context_lens,
+                block_tables,
+                max_blocks,
+                tiles,
+                n_tiles,
+                n_kv,
+                scale,
+                window,
             ];
             return kernel.launch(gpu.cu_stream(), launch, &args);
         }
