@@ -202,7 +202,7 @@ proptest! {
             turn += 1;
             prop_assert!(turn < 20_000, "the scheduler makes no progress");
             if let Some(&(len, max_tokens, family, gap, cancel_at)) = pending.front()
-                && (turn % (gap + 1) == 0 || scheduler.is_idle())
+                && (turn.is_multiple_of(gap + 1) || scheduler.is_idle())
             {
                 pending.pop_front();
                 // Few families of prompts, so that prefixes are shared.
