@@ -1,4 +1,4 @@
-// variant: cluster CLUSTER=8
+// variant: cluster CLUSTER=8 min-arch=90
 // variant: block CLUSTER=1
 //
 // Samples one token a row from logits float32 [rows, stride], `vocab` of them used. sampler.rs is the definition.
