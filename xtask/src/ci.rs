@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::child::{self, Interrupt};
-use crate::{cargo, kernels, project_root, table, tidy};
+use crate::{cargo, kernels, model, project_root, table, tidy};
 
 #[derive(Args)]
 pub struct CiArgs {
@@ -59,6 +59,7 @@ const STEPS: &[Step] = &[
             "warnings",
         ]),
     },
+    Step { name: "model", check: Check::Own(|| model::fetch("smollm2").map(drop)) },
     Step { name: "test", check: Check::Cargo(&["test", "--workspace"]) },
 ];
 

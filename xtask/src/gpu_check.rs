@@ -336,7 +336,8 @@ impl Check<'_> {
         let mut command = Command::new(self.args.bin_dir.join("ember-bench"));
         command.args(["perf", "--url", &format!("http://127.0.0.1:{port}"), "--model", load.model.name]);
         command.args(["--dataset", "random", "--random-vocab-size", &load.model.vocab_size.to_string()]);
-        command.args(["--length-distribution", load.distribution, "--ignore-eos"]);
+        // Greedy, as load generators do by default.
+        command.args(["--length-distribution", load.distribution, "--ignore-eos", "--temperature", "0"]);
         command.args(["--parallel", &load.parallel.to_string(), "--number", &load.number.to_string()]);
         command.arg(if load.is_streamed { "--stream" } else { "--no-stream" });
         // Kernels' and graphs' first uses are not the load's.

@@ -138,8 +138,6 @@ fn compile_one(variant: &Variant, arch: &str) -> Result<Vec<u8>, Error> {
     let header_names: Vec<_> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
     let mut options =
         vec![format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--extra-device-vectorization".into()];
-    // NVRTC has no <math.h>.
-    options.push("--define-macro=INFINITY=__int_as_float(0x7f800000)".into());
     options.extend(libraries::include_folders().iter().map(|folder| format!("--include-path={}", folder.display())));
     options.extend(variant.macros.iter().map(|definition| format!("--define-macro={definition}")));
     let options = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;

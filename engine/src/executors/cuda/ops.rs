@@ -305,7 +305,7 @@ fn splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> Splits {
     let n_blocks = n_seqs * kv_tiles;
     match n_seqs {
         ..=8 => Splits { n: (2 * n_sms / n_blocks).clamp(4, 64), min_pages: DECODE_WARPS },
-        ..=16 => Splits { n: 8, min_pages: 16 },
+        9..=16 => Splits { n: 8, min_pages: 16 },
         _ => Splits { n: 4, min_pages: 32 },
     }
 }

@@ -7,6 +7,7 @@ typedef __nv_bfloat16 bf16;
 
 constexpr int PAGE = 16;                  // tokens in a page of the KV cache
 constexpr unsigned FULL_WARP = 0xffffffffu;
+#define INF __int_as_float(0x7f800000)    // NVRTC has no <math.h>; the intrinsic is not constexpr
 
 // Programmatic dependent launch (PTX ISA, griddepcontrol). PDL_WAIT returns when every earlier kernel of the stream
 // has finished and its writes are visible: it stands before the first access to a buffer that such a kernel writes.

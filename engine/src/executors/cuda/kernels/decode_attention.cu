@@ -168,7 +168,7 @@ DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VE
     for (int i = 0; i < 4; i++) {
         int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
         bool seen = token >= share.first_token && token < share.context_len;
-        s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INFINITY;
+        s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INF;
     }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -293,7 +293,7 @@ DEVICE void combine_cluster(SharedState& shared, const Inputs& in, const Share& 
         int head = i / (HEAD_DIM / 4);
         float2 max_sums[CLUSTER];
         float4 outs[CLUSTER];
-        float m = -INFINITY, sum = 0.f;
+        float m = -INF, sum = 0.f;
 #pragma unroll
         for (int s = 0; s < CLUSTER; s++)
             if (s < share.active) {
@@ -343,7 +343,7 @@ DEVICE void combine_splits(SharedState& shared, const Inputs& in, const Share& s
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += THREADS) {
         int head = i / (HEAD_DIM / 4);
-        float m = -INFINITY, sum = 0.f;
+        float m = -INF, sum = 0.f;
         for (int s = 0; s < share.active; s++) m = fmaxf(m, shared.splits[s * HEADS + head].x);
         float4 acc = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 8
@@ -428,7 +428,7 @@ DEVICE void attend(const Inputs& in) {
     load_q<FUSED>(q, shared, in);
     Softmax state;
 #pragma unroll
-    for (int c = 0; c < 2; c++) state.max[c] = -INFINITY, state.sum[c] = 0.f;
+    for (int c = 0; c < 2; c++) state.max[c] = -INF, state.sum[c] = 0.f;
 #pragma unroll
     for (int r = 0; r < V_REGS; r++)
 #pragma unroll

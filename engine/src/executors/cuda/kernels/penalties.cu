@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     __syncthreads();
     float* row = logits + (size_t)rows[blockIdx.x] * stride;
     for (int id = threadIdx.x; id < vocab; id += blockDim.x)
-        if ((allowed[id / 32] >> id % 32 & 1) == 0) row[id] = -INFINITY;
+        if ((allowed[id / 32] >> id % 32 & 1) == 0) row[id] = -INF;
 }
 
 // Counts ids[i] for slots[i] (-1: none): tokens just sampled, or the output of a sequence that comes back.

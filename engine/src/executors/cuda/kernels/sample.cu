@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256)
         walk_row(logit_row, vocab, first, step, [&](const float(&x)[4], int id, int n) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (i < n) key = max_key(key, rank_key(x[i] == x[i] ? x[i] : -INFINITY, id + i));
+                if (i < n) key = max_key(key, rank_key(x[i] == x[i] ? x[i] : -INF, id + i));
         });
     } else {
         const float inv_temperature = 1.f / row.temperature;
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(256)
             for (int i = 0; i < 4; i++) {
                 const float score = x[i] * inv_temperature + gumbel(words[i]);
                 if (i < n && rank_key(x[i], id + i) >= threshold)
-                    key = max_key(key, rank_key(score == score ? score : -INFINITY, id + i));
+                    key = max_key(key, rank_key(score == score ? score : -INF, id + i));
             }
         });
     }
@@ -171,7 +171,7 @@ struct Row {
                  [&](const float(&x)[4], int id, int n) {
 #pragma unroll
                      for (int i = 0; i < 4; i++)
-                         if (i < n && x[i] > -INFINITY) visit(x[i], id + i);
+                         if (i < n && x[i] > -INF) visit(x[i], id + i);
                  });
     }
     // Tempered logit relative to the best: 0 and below.
@@ -413,7 +413,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THRESHOLD_THREADS)
     u64 threshold = 0;
     if (greatest != 0) {
         row.max = key_logit(greatest);
-        row.floor = params.min_p > 0.f ? logf(params.min_p) : -INFINITY;
+        row.floor = params.min_p > 0.f ? logf(params.min_p) : -INF;
         const bool by_count = params.top_k > 0 && params.top_k < vocab;
         // Past 20 natural units a token has no mass; only counts need bins there.
         float range = fminf(-row.tempered(key_logit(least)), -row.floor);
@@ -478,7 +478,7 @@ extern "C" __global__ void __launch_bounds__(LOGPROB_THREADS)
     const float target = row[tokens[r]];
 
     u64 best = 0;
-    float m = -INFINITY, sum = 0.f;
+    float m = -INF, sum = 0.f;
     int above = 0;
     walk_row(row, vocab, threadIdx.x, LOGPROB_THREADS, [&](const float(&x)[4], int id, int count) {
 #pragma unroll
@@ -487,11 +487,11 @@ extern "C" __global__ void __launch_bounds__(LOGPROB_THREADS)
             best = max_key(best, rank_key(x[i], id + i));
             above += x[i] > target;
             if (x[i] > m) sum *= __expf(m - x[i]), m = x[i];
-            if (x[i] > -INFINITY) sum += __expf(x[i] - m);
+            if (x[i] > -INF) sum += __expf(x[i] - m);
         }
     });
     const float row_max = block_max_float(m);
-    sum *= m > -INFINITY ? __expf(m - row_max) : 0.f;
+    sum *= m > -INF ? __expf(m - row_max) : 0.f;
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
         sum += __shfl_xor_sync(FULL_WARP, sum, mask);
