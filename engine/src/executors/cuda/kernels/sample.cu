@@ -70,7 +70,6 @@ extern "C" __global__ void __launch_bounds__(256)
                 u32* counters, int* out_tokens, int* last_tokens) {
     // Grid (n_blocks, rows), block 256. best uint64 [rows] and counters uint32 [rows]: zero before the first launch,
     // left zero.
-    __shared__ bool last;
     PDL_TRIGGER();
     PDL_WAIT();
     const int r = blockIdx.y;
@@ -104,17 +103,15 @@ extern "C" __global__ void __launch_bounds__(256)
         });
     }
     key = block_max_key(key);
-    if (threadIdx.x == 0) {
-        atomicMax(&best[r], key);
-        __threadfence();
-        last = atomicInc(&counters[r], gridDim.x - 1) == gridDim.x - 1;
-    }
-    if (threadIdx.x == 0 && last) {
-        __threadfence();
-        const int token = key_id(atomicExch(&best[r], 0ull));
-        out_tokens[r] = token;
-        last_tokens[row.slot] = token;
-    }
+    if (threadIdx.x != 0) return;
+    atomicMax(&best[r], key);
+    __threadfence();
+    const bool last = atomicInc(&counters[r], gridDim.x - 1) == gridDim.x - 1;
+    if (!last) return;
+    __threadfence();
+    const int token = key_id(atomicExch(&best[r], 0ull));
+    out_tokens[r] = token;
+    last_tokens[row.slot] = token;
 }
 
 // ------------------------------------------------------------------------------------------------ threshold_rows
