@@ -3,13 +3,16 @@
 
 use std::{
     collections::VecDeque,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll, ready},
 };
 
 use ember_common::FinishReason;
+use futures_util::Stream;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
@@ -99,33 +102,28 @@ impl Generation {
 
     /// The next event; `None` after every sequence has finished or failed. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Event, Error>> {
+        std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    }
+
+    /// [`Generation::next`] for callers outside an async runtime. Blocks.
+    pub fn blocking_next(&mut self) -> Option<Result<Event, Error>> {
         loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
+            if let Some(known) = self.known_next() {
+                return known;
             }
-            if self.n_unfinished == 0 {
-                return None;
-            }
-            let event = self.events.recv().await;
+            let event = self.events.blocking_recv();
             if let Err(error) = self.take_in(event) {
                 return Some(Err(error));
             }
         }
     }
 
-    /// [`Generation::next`] for callers outside an async runtime. Blocks.
-    pub fn blocking_next(&mut self) -> Option<Result<Event, Error>> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
-            }
-            if self.n_unfinished == 0 {
-                return None;
-            }
-            let event = self.events.blocking_recv();
-            if let Err(error) = self.take_in(event) {
-                return Some(Err(error));
-            }
+    /// What comes next, unless the engine has to say more first.
+    fn known_next(&mut self) -> Option<Option<Result<Event, Error>>> {
+        match self.ready.pop_front() {
+            Some(event) => Some(Some(Ok(event))),
+            None if self.n_unfinished == 0 => Some(None),
+            None => None,
         }
     }
 
@@ -206,22 +204,15 @@ impl Sequence {
     }
 }
 
-impl futures_util::Stream for Generation {
+impl Stream for Generation {
     type Item = Result<Event, Error>;
 
-    fn poll_next(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        use std::task::Poll;
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Poll::Ready(Some(Ok(event)));
+            if let Some(known) = self.known_next() {
+                return Poll::Ready(known);
             }
-            if self.n_unfinished == 0 {
-                return Poll::Ready(None);
-            }
-            let event = std::task::ready!(self.events.poll_recv(cx));
+            let event = ready!(self.events.poll_recv(cx));
             if let Err(error) = self.take_in(event) {
                 return Poll::Ready(Some(Err(error)));
             }

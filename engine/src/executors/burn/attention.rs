@@ -27,7 +27,7 @@ struct Group {
     rows: Tensor<1, Int>,
     /// `[n_seqs * kv_len]`: KV cache rows, padded by repeating the first.
     kv_rows: Tensor<1, Int>,
-    /// `[n_seqs, n_kv_heads, n_groups * query_len, kv_len]`, true where a query must not look.
+    /// `[n_seqs, n_kv_heads, n_heads / n_kv_heads * query_len, kv_len]`, true where a query must not look.
     mask: Option<Tensor<4, Bool>>,
 }
 

@@ -68,8 +68,7 @@ impl BurnExecutor {
         let plan = AttentionPlan::new(self.model.spec(), step, &self.device);
         let hidden = self.model.forward(step, &plan);
 
-        // Rows whose logits are wanted: sampled ones first, then prompt rows sequence by sequence.
-        let mut rows: Vec<usize> = step
+        let rows: Vec<usize> = step
             .samples
             .iter()
             .map(|sample| {
@@ -80,7 +79,7 @@ impl BurnExecutor {
         let tokens = if rows.is_empty() {
             Vec::new()
         } else {
-            let mut logits = self.logits(hidden.clone(), std::mem::take(&mut rows))?;
+            let mut logits = self.logits(hidden.clone(), rows)?;
             logits
                 .par_chunks_mut(self.model.spec().vocab_size)
                 .zip(&step.samples)

@@ -8,7 +8,7 @@ use super::{
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
-    kernel::Arg::{Float, Int, Map, Ptr},
+    kernel::Arg::{self, Float, Int, Map, Ptr},
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
     ops::{GEMV_ROWS, Gemv, Ops},
@@ -174,9 +174,7 @@ impl Forward {
         let w = &self.weights.layers[layer];
         let n = rows.n_tokens;
         let n_qkv = (s.n_heads + 2 * s.n_kv_heads) * s.head_dim;
-        let run = |gemv: &Gemv, args: &[super::kernel::Arg]| {
-            gemv.kernel.launch(gpu.cu_stream(), ops.gemv_launch(gemv, n), args)
-        };
+        let run = |gemv: &Gemv, args: &[Arg]| gemv.kernel.launch(gpu.cu_stream(), ops.gemv_launch(gemv, n), args);
         let gemvs = ops.gemvs(n);
         let (x, n_rows) = (Ptr(b.x.ptr()), Int(n as i32));
         // The bias is added where q and k are rotated.
@@ -236,25 +234,9 @@ impl Forward {
     }
 
     fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
-        let b = &self.buffers;
-        let (k, v) = &self.kv.layers[layer];
-        let args = [
-            Ptr(b.qkv.ptr()),
-            Ptr(self.weights.layers[layer].qkv_bias()),
-            Ptr(self.cos_sin.ptr()),
-            Ptr(b.block_tables.ptr()),
-            Ptr(self.input(self.layout.context_lens)),
-            Ptr(k.ptr()),
-            Ptr(v.ptr()),
-            Ptr(b.attn_out.ptr()),
-            Ptr(b.partial_out.ptr()),
-            Ptr(b.partial_max_sum.ptr()),
-            Ptr(b.counters.ptr()),
-            Int(self.max_blocks as i32),
-            Int(self.window()),
-            Int(self.ops.min_pages(n_seqs)),
-            Float(self.scale()),
-        ];
+        let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
+        let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
+        args.extend(self.cache_args(layer, n_seqs));
         let kernel = &self.ops.decode_attention_rope;
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
     }
@@ -263,10 +245,17 @@ impl Forward {
         if n_seqs == 0 {
             return Ok(());
         }
+        let mut args = vec![Ptr(self.buffers.qkv.ptr())];
+        args.extend(self.cache_args(layer, n_seqs));
+        let kernel = &self.ops.decode_attention;
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+    }
+
+    /// The arguments that both decode attentions end with.
+    fn cache_args(&self, layer: usize, n_seqs: usize) -> [Arg; 12] {
         let b = &self.buffers;
         let (k, v) = &self.kv.layers[layer];
-        let args = [
-            Ptr(b.qkv.ptr()),
+        [
             Ptr(b.block_tables.ptr()),
             Ptr(self.input(self.layout.context_lens)),
             Ptr(k.ptr()),
@@ -279,9 +268,7 @@ impl Forward {
             Int(self.window()),
             Int(self.ops.min_pages(n_seqs)),
             Float(self.scale()),
-        ];
-        let kernel = &self.ops.decode_attention;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+        ]
     }
 
     fn prefill_attention(&self, gpu: &Gpu, layer: usize, n_tiles: usize) -> Result<(), Error> {

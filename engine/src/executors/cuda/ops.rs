@@ -4,6 +4,7 @@ use super::{
     buffers::HEADS_PER_TILE,
     compile::{self, Variant},
     device::Gpu,
+    inputs::TILE_ROWS,
     kernel::{Kernel, Launch},
 };
 use crate::{Error, decoder::DecoderSpec};
@@ -13,17 +14,16 @@ const ELEMENTWISE: u32 = 256;
 /// 16-byte chunks of a row in a stage of a GEMV's ring.
 const GEMV_CHUNKS: usize = 8;
 /// Rows that a GEMV of one batch tile takes.
-const TILE_ROWS: usize = 8;
+pub(super) const BATCH_TILE_ROWS: usize = 8;
 /// Batch tiles of the two sets of GEMVs.
 const BATCH_TILES: [usize; 2] = [1, 2];
 /// Most rows of a GEMV.
 pub(super) const GEMV_ROWS: usize = 16;
 /// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
-/// Stages of Hopper prefill attention's ring, its block, and query rows of a tile.
+/// Stages of Hopper prefill attention's ring, and its block.
 const HOPPER_STAGES: usize = 3;
 const HOPPER_BLOCK: u32 = 384;
-const HOPPER_ROWS: usize = 128;
 
 /// How a GEMV is cut. See the kernel's header.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,7 +48,7 @@ impl GemvShape {
             Self { warps, warps_k, n_stages, batch_tiles }
         };
         let shape = fit(16, 3);
-        if shape.shared_bytes(TILE_ROWS * batch_tiles) <= max_shared { shape } else { fit(8, 3) }
+        if shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared { shape } else { fit(8, 3) }
     }
 
     /// Dynamic shared memory of a block.
@@ -162,7 +162,7 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
 fn prefill_shared(head_dim: usize, hopper: bool) -> u32 {
     let row_bytes = if head_dim <= 64 { 128 } else { 256 };
     match hopper {
-        true => 1024 + (HOPPER_ROWS + 2 * HOPPER_STAGES * 128) as u32 * row_bytes + 256,
+        true => 1024 + (TILE_ROWS + 2 * HOPPER_STAGES * 128) as u32 * row_bytes + 256,
         false => (128 + 2 * 64) * row_bytes,
     }
 }
@@ -185,7 +185,7 @@ impl Ops {
             let (n_out, k) = gemv_sizes(spec)[i];
             let shape = GemvShape::new(k, BATCH_TILES[set], gpu.max_shared);
             let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
-            kernel.allow_shared(shape.shared_bytes(TILE_ROWS * shape.batch_tiles))?;
+            kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
             // A tile is 16 rows of weights.
             let n_tiles = n_out.div_ceil(16).div_ceil(shape.warps / shape.warps_k);
             Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), shape })
@@ -253,7 +253,7 @@ impl Ops {
 
     /// The GEMVs for `n_rows` rows, [`GEMV_ROWS`] at most.
     pub(super) fn gemvs(&self, n_rows: usize) -> &Gemvs {
-        &self.gemvs[usize::from(n_rows > TILE_ROWS)]
+        &self.gemvs[usize::from(n_rows > BATCH_TILE_ROWS)]
     }
 
     /// For a GEMV of `n_rows` rows.

@@ -12,7 +12,7 @@ use super::{
     inputs::{Layout, StepShape},
     load::{self, Origin},
     memory::DeviceBuffer,
-    ops::{self, Ops},
+    ops::{self, BATCH_TILE_ROWS, Ops},
     plan::{self, MemoryInputs},
 };
 use crate::{
@@ -267,7 +267,7 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Grap
         .iter()
         .map(|&bucket| {
             // Once without capturing: libraries load their kernels at first use.
-            if bucket == 1 || bucket > 8 {
+            if bucket == 1 || bucket > BATCH_TILE_ROWS {
                 forward.decode(gpu, bucket)?;
                 gpu.synchronize()?;
             }
