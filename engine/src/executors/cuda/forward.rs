@@ -1,17 +1,19 @@
 //! [`Forward`]: the launches of one step, from token ids to logits.
 //!
-//! Steps of up to 16 decoding sequences read each weight once through GEMV kernels that do the norms and activations
-//! on the way; larger ones use cuBLASLt with elementwise kernels between.
+//! Steps of a few decoding sequences read each weight once through GEMV kernels that do the norms and activations on the
+//! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
+//! others are cuBLASLt's.
 
 use super::{
     buffers::{KvCache, StepBuffers},
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
-    kernel::Arg::{self, Float, Int, Map, Ptr},
+    kernel::Arg::{self, Float, Int, Long, Map, Ptr},
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
-    ops::{GEMV_ROWS, Gemv, Ops},
+    ops::{Gemv, Ops},
+    stream_gemm::{Product, StreamGemm},
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -20,6 +22,8 @@ pub(super) struct Forward {
     pub(super) spec: DecoderSpec,
     pub(super) ops: Ops,
     pub(super) gemm: Gemm,
+    /// On Hopper.
+    pub(super) stream_gemm: Option<StreamGemm>,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -29,6 +33,15 @@ pub(super) struct Forward {
     pub(super) kv: KvCache,
     /// Pages of a row of the block tables.
     pub(super) max_blocks: usize,
+    pub(super) pending: Pending,
+}
+
+/// What the launches so far have left to be added to the residual stream: float32 `[parts, rows, hidden]` in
+/// [`StepBuffers::parts`].
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Pending {
+    parts: usize,
+    rows: usize,
 }
 
 /// Rows of a step, by the kernel that attends them.
@@ -49,30 +62,28 @@ impl Forward {
         let tokens = self.layout.decode;
         let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0 };
         self.embed(gpu, tokens, bucket)?;
-        for layer in 0..self.spec.n_layers {
-            if bucket <= GEMV_ROWS {
-                self.gemv_layer(gpu, layer, rows)?;
-            } else {
+        if bucket > self.ops.max_gemv_rows() {
+            for layer in 0..self.spec.n_layers {
                 self.gemm_layer(gpu, layer, rows, tokens)?;
             }
+            return self.logits(gpu, 0, bucket);
         }
-        if bucket <= GEMV_ROWS {
-            let s = &self.spec;
-            let args = [
-                Ptr(self.buffers.x.ptr()),
-                Ptr(self.weights.final_norm.ptr()),
-                Float(s.norm_eps),
-                Ptr(self.weights.lm_head()),
-                Ptr(self.buffers.logits.ptr()),
-                Int(s.vocab_size as i32),
-                Ptr(0),
-                Int(bucket as i32),
-            ];
-            let gemv = &self.ops.gemvs(bucket).logits;
-            gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
-        } else {
-            self.logits(gpu, 0, bucket)
+        for layer in 0..self.spec.n_layers {
+            self.gemv_layer(gpu, layer, rows)?;
         }
+        let s = &self.spec;
+        let args = [
+            Ptr(self.buffers.x.ptr()),
+            Ptr(self.weights.final_norm.ptr()),
+            Float(s.norm_eps),
+            Ptr(self.weights.lm_head()),
+            Ptr(self.buffers.logits.ptr()),
+            Int(s.vocab_size as i32),
+            Ptr(0),
+            Int(bucket as i32),
+        ];
+        let gemv = &self.ops.gemvs(bucket).logits;
+        gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
     }
 
     /// Any step, without its logits.
@@ -89,9 +100,12 @@ impl Forward {
             return Ok(());
         }
         self.norm(gpu, self.weights.final_norm.ptr(), rows, n)?;
-        let shape = self.logits_shape(n);
-        let operands = Operands { x: self.buffers.h.ptr(), w: self.weights.lm_head(), y: self.buffers.logits.ptr() };
-        self.gemm.run(gpu, shape, operands)
+        self.product(gpu, (Product::Logits, 0), n)
+    }
+
+    /// Whether a product is one for [`StreamGemm`].
+    pub(super) fn streams(&self, product: Product, n: usize) -> bool {
+        self.stream_gemm.is_some() && StreamGemm::takes(product, n)
     }
 
     /// The products of a layer for `n` rows: q/k/v, o, gate/up, down.
@@ -118,7 +132,8 @@ impl Forward {
         self.buffers.inputs.ptr() + section.offset()
     }
 
-    fn embed(&self, gpu: &Gpu, tokens: TokenSections, n: usize) -> Result<(), Error> {
+    fn embed(&mut self, gpu: &Gpu, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        self.pending = Pending::default();
         let args = [
             Ptr(self.input(tokens.token_ids)),
             Ptr(self.buffers.last_tokens.ptr()),
@@ -129,30 +144,76 @@ impl Forward {
         self.ops.embed.launch(gpu.cu_stream(), self.ops.embed_launch(n), &args)
     }
 
-    fn norm(&self, gpu: &Gpu, weight: u64, rows: u64, n: usize) -> Result<(), Error> {
+    /// Adds what is pending to the residual stream and normalises it to `h`. With `rows`, only theirs, and the stream
+    /// stays as it is.
+    fn norm(&mut self, gpu: &Gpu, weight: u64, rows: u64, n: usize) -> Result<(), Error> {
+        let Pending { parts, rows: pending_rows } = self.pending;
+        let x = self.buffers.x.ptr();
+        let hidden = self.spec.hidden_size;
+        let is_whole = rows == 0;
         let args = [
-            Ptr(self.buffers.x.ptr()),
+            Ptr(x),
+            Ptr(self.buffers.parts.ptr()),
+            Int(parts as i32),
+            Long((pending_rows * hidden) as u64),
+            Ptr(if is_whole && parts > 0 { x } else { 0 }),
             Ptr(weight),
             Ptr(self.buffers.h.ptr()),
-            Int(self.spec.hidden_size as i32),
+            Int(hidden as i32),
             Float(self.spec.norm_eps),
             Ptr(rows),
         ];
+        if is_whole {
+            self.pending = Pending::default();
+        }
         self.ops.rmsnorm.launch(gpu.cu_stream(), self.ops.rmsnorm_launch(n), &args)
+    }
+
+    /// A product of `n` rows, from buffer to buffer.
+    fn product(&mut self, gpu: &Gpu, (product, layer): (Product, usize), n: usize) -> Result<(), Error> {
+        let b = &self.buffers;
+        let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
+        if self.streams(product, n)
+            && let Some(stream_gemm) = &self.stream_gemm
+        {
+            let out = match product {
+                Product::Qkv => b.qkv.ptr(),
+                Product::O | Product::Down => b.parts.ptr(),
+                Product::GateUp => act,
+                Product::Logits => b.logits.ptr(),
+            };
+            let parts = stream_gemm.run(gpu, (product, layer), n, out)?;
+            if matches!(product, Product::O | Product::Down) {
+                self.pending = Pending { parts, rows: n };
+            }
+            return Ok(());
+        }
+        let [qkv, o, gate_up, down] = self.layer_shapes(n);
+        let w = &self.weights.layers[layer];
+        let (shape, operands) = match product {
+            Product::Qkv => (qkv, Operands { x: h, w: w.qkv.ptr(), y: b.qkv.ptr() }),
+            Product::O => (o, Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x }),
+            Product::GateUp => (gate_up, Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() }),
+            Product::Down => (down, Operands { x: act, w: w.down.ptr(), y: x }),
+            Product::Logits => {
+                (self.logits_shape(n), Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() })
+            }
+        };
+        self.gemm.run(gpu, shape, operands)?;
+        if product != Product::GateUp {
+            return Ok(());
+        }
+        let inter = self.spec.intermediate_size;
+        let args = [Ptr(self.buffers.gate_up.ptr()), Ptr(act), Int(n as i32), Int(inter as i32)];
+        self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)
     }
 
     fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows, tokens: TokenSections) -> Result<(), Error> {
         let n = rows.n_tokens;
-        let [qkv, o, gate_up, down] = self.layer_shapes(n);
         let w = &self.weights.layers[layer];
         let (input_norm, post_norm) = (w.input_norm.ptr(), w.post_attention_norm.ptr());
-        let weights = [w.qkv.ptr(), w.o.ptr(), w.gate_up.ptr(), w.down.ptr()];
-        let b = &self.buffers;
-        let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
-        let (qkv_out, attn_out, gate_up_out) = (b.qkv.ptr(), b.attn_out.ptr(), b.gate_up.ptr());
-
         self.norm(gpu, input_norm, 0, n)?;
-        self.gemm.run(gpu, qkv, Operands { x: h, w: weights[0], y: qkv_out })?;
+        self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
             self.decode_attention_rope(gpu, layer, n)?;
         } else {
@@ -160,13 +221,10 @@ impl Forward {
             self.decode_attention(gpu, layer, rows.n_decode)?;
         }
         self.prefill_attention(gpu, layer, rows.n_tiles)?;
-        self.gemm.run(gpu, o, Operands { x: attn_out, w: weights[1], y: x })?;
+        self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
-        self.gemm.run(gpu, gate_up, Operands { x: h, w: weights[2], y: gate_up_out })?;
-        let inter = self.spec.intermediate_size;
-        let args = [Ptr(gate_up_out), Ptr(act), Int(n as i32), Int(inter as i32)];
-        self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)?;
-        self.gemm.run(gpu, down, Operands { x: act, w: weights[3], y: x })
+        self.product(gpu, (Product::GateUp, layer), n)?;
+        self.product(gpu, (Product::Down, layer), n)
     }
 
     fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {

@@ -15,10 +15,10 @@ const ELEMENTWISE: u32 = 256;
 const GEMV_CHUNKS: usize = 8;
 /// Rows that a GEMV of one batch tile takes.
 pub(super) const BATCH_TILE_ROWS: usize = 8;
-/// Batch tiles of the two sets of GEMVs.
-const BATCH_TILES: [usize; 2] = [1, 2];
-/// Most rows of a GEMV.
-pub(super) const GEMV_ROWS: usize = 16;
+/// Batch tiles of the sets of GEMVs. Hopper has a faster kernel for what the second set takes.
+fn batch_tiles(hopper: bool) -> &'static [usize] {
+    if hopper { &[1] } else { &[1, 2] }
+}
 /// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
 /// Stages of Hopper prefill attention's ring, and its block.
@@ -113,8 +113,8 @@ pub(super) struct Ops {
     pub(super) decode_attention: Kernel,
     pub(super) decode_attention_rope: Kernel,
     pub(super) prefill_attention: Kernel,
-    /// For each of [`BATCH_TILES`].
-    gemvs: [Gemvs; 2],
+    /// For each of [`batch_tiles`].
+    gemvs: Vec<Gemvs>,
     /// Whether kernels start before the one ahead of them has ended.
     dependent: bool,
     /// Whether prefill attention is the one written for Hopper.
@@ -129,7 +129,7 @@ pub(super) struct Ops {
 /// The variants to compile, in the order that [`Ops::new`] takes them.
 pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec<Variant> {
     let (head_dim, group, h) = (spec.head_dim, spec.n_heads / spec.n_kv_heads, spec.hidden_size);
-    let gemvs = BATCH_TILES.iter().flat_map(|&tiles| {
+    let gemvs = batch_tiles(hopper).iter().flat_map(|&tiles| {
         let of = move |((kind, _), (_, k)): ((&str, &str), (usize, usize))| {
             GemvShape::new(k, tiles, max_shared).variant(kind, k)
         };
@@ -183,7 +183,7 @@ impl Ops {
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
         let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
             let (n_out, k) = gemv_sizes(spec)[i];
-            let shape = GemvShape::new(k, BATCH_TILES[set], gpu.max_shared);
+            let shape = GemvShape::new(k, batch_tiles(hopper)[set], gpu.max_shared);
             let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
             kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
             // A tile is 16 rows of weights.
@@ -207,7 +207,7 @@ impl Ops {
             decode_attention,
             decode_attention_rope,
             prefill_attention,
-            gemvs: [gemvs(0)?, gemvs(1)?],
+            gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
             hopper,
             n_sms: gpu.n_sms as usize,
@@ -251,7 +251,12 @@ impl Ops {
         self.launch([(inter / 8).div_ceil(ELEMENTWISE as usize) as u32, n_tokens.min(65_535) as u32, 1], ELEMENTWISE)
     }
 
-    /// The GEMVs for `n_rows` rows, [`GEMV_ROWS`] at most.
+    /// Most rows of a GEMV.
+    pub(super) fn max_gemv_rows(&self) -> usize {
+        self.gemvs.len() * BATCH_TILE_ROWS
+    }
+
+    /// The GEMVs for `n_rows` rows, [`Self::max_gemv_rows`] at most.
     pub(super) fn gemvs(&self, n_rows: usize) -> &Gemvs {
         &self.gemvs[usize::from(n_rows > BATCH_TILE_ROWS)]
     }
