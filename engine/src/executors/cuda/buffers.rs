@@ -1,7 +1,8 @@
 //! [`StepBuffers`]: activations and step state, allocated once for the largest step.
 
 use super::{
-    device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm, tensor_map::TensorMap,
+    device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm,
+    tensor_map::TensorMap,
 };
 use crate::{Error, decoder::DecoderSpec};
 

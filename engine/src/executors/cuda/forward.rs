@@ -12,7 +12,7 @@ use super::{
     kernel::Arg::{self, Float, Int, Long, Map, Ptr},
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
-    ops::{Gemv, Ops},
+    ops::{Contexts, Gemv, Ops},
     stream_gemm::{Product, StreamGemm},
 };
 use crate::{Error, decoder::DecoderSpec};
@@ -53,14 +53,16 @@ struct Rows {
     n_decode: usize,
     /// Tiles of the other ones.
     n_tiles: usize,
+    /// Of the leading rows.
+    contexts: Contexts,
 }
 
 impl Forward {
-    /// A decode step of `bucket` sequences, logits included. Its launches depend on `bucket` alone, so it can be
+    /// A decode step of `bucket` sequences, logits included. Its launches depend on the arguments alone, so it can be
     /// captured.
-    pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize) -> Result<(), Error> {
+    pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize, contexts: Contexts) -> Result<(), Error> {
         let tokens = self.layout.decode;
-        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0 };
+        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts };
         self.embed(gpu, tokens, bucket)?;
         if bucket > self.ops.max_gemv_rows() {
             for layer in 0..self.spec.n_layers {
@@ -89,7 +91,8 @@ impl Forward {
     /// Any step, without its logits.
     pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
         let tokens = self.layout.chunk;
-        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles };
+        let contexts = Contexts::of(shape.n_blocks);
+        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles, contexts };
         self.embed(gpu, tokens, shape.n_tokens)?;
         (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
     }
@@ -195,9 +198,7 @@ impl Forward {
             Product::O => (o, Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x }),
             Product::GateUp => (gate_up, Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() }),
             Product::Down => (down, Operands { x: act, w: w.down.ptr(), y: x }),
-            Product::Logits => {
-                (self.logits_shape(n), Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() })
-            }
+            Product::Logits => (self.logits_shape(n), Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() }),
         };
         self.gemm.run(gpu, shape, operands)?;
         if product != Product::GateUp {
@@ -215,10 +216,10 @@ impl Forward {
         self.norm(gpu, input_norm, 0, n)?;
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
-            self.decode_attention_rope(gpu, layer, n)?;
+            self.decode_attention_rope(gpu, layer, rows)?;
         } else {
             self.rope_kv(gpu, layer, tokens, n)?;
-            self.decode_attention(gpu, layer, rows.n_decode)?;
+            self.decode_attention(gpu, layer, rows)?;
         }
         self.prefill_attention(gpu, layer, rows.n_tiles)?;
         self.product(gpu, (Product::O, layer), n)?;
@@ -249,9 +250,9 @@ impl Forward {
         run(&gemvs.qkv, &qkv_args)?;
         if s.qk_norm {
             self.rope_kv(gpu, layer, self.layout.decode, n)?;
-            self.decode_attention(gpu, layer, n)?;
+            self.decode_attention(gpu, layer, rows)?;
         } else {
-            self.decode_attention_rope(gpu, layer, n)?;
+            self.decode_attention_rope(gpu, layer, rows)?;
         }
         let hidden = Int(s.hidden_size as i32);
         run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
@@ -291,26 +292,26 @@ impl Forward {
         self.ops.rope_kv.launch(gpu.cu_stream(), self.ops.rope_kv_launch(n), &args)
     }
 
-    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
+    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
-        args.extend(self.cache_args(layer, n_seqs));
+        args.extend(self.cache_args(layer, rows));
         let kernel = &self.ops.decode_attention_rope;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
     }
 
-    fn decode_attention(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
-        if n_seqs == 0 {
+    fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+        if rows.n_decode == 0 {
             return Ok(());
         }
         let mut args = vec![Ptr(self.buffers.qkv.ptr())];
-        args.extend(self.cache_args(layer, n_seqs));
+        args.extend(self.cache_args(layer, rows));
         let kernel = &self.ops.decode_attention;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
     }
 
     /// The arguments that both decode attentions end with.
-    fn cache_args(&self, layer: usize, n_seqs: usize) -> [Arg; 12] {
+    fn cache_args(&self, layer: usize, rows: Rows) -> [Arg; 12] {
         let b = &self.buffers;
         let (k, v) = &self.kv.layers[layer];
         [
@@ -324,7 +325,7 @@ impl Forward {
             Ptr(b.counters.ptr()),
             Int(self.max_blocks as i32),
             Int(self.window()),
-            Int(self.ops.min_pages(n_seqs)),
+            Int(self.ops.min_pages(rows.n_decode, rows.contexts)),
             Float(self.scale()),
         ]
     }

@@ -36,19 +36,22 @@ struct GemvShape {
 }
 
 impl GemvShape {
-    /// For rows of `k` weights: the fastest of those timed on an H100 (docs/log.md), as far as blocks of `max_shared`
-    /// bytes can hold it.
-    fn new(k: usize, batch_tiles: usize, max_shared: u32) -> Self {
+    /// For `n_out` rows of `k` weights: the fastest of those timed on an H100 (docs/log.md), as far as blocks of
+    /// `max_shared` bytes can hold it.
+    fn new((n_out, k): (usize, usize), batch_tiles: usize, max_shared: u32) -> Self {
+        let units = k.div_ceil(8 * GEMV_CHUNKS);
         let fit = |warps: usize, n_stages: usize| {
-            let units = k.div_ceil(8 * GEMV_CHUNKS);
             let mut warps_k = warps;
             while warps_k > 1 && units.div_ceil(warps_k) < n_stages {
                 warps_k /= 2;
             }
             Self { warps, warps_k, n_stages, batch_tiles }
         };
-        let shape = fit(16, 3);
-        if shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared { shape } else { fit(8, 3) }
+        let holds = |shape: &Self| shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared;
+        // A small matrix passes in one deep ring.
+        let deep = Self { warps: 8, warps_k: 8, n_stages: 12, batch_tiles };
+        let is_small = n_out <= 4096 && (8 * 4..=8 * 12).contains(&units);
+        [is_small.then_some(deep), Some(fit(16, 3))].into_iter().flatten().find(holds).unwrap_or_else(|| fit(8, 3))
     }
 
     /// Dynamic shared memory of a block.
@@ -130,8 +133,8 @@ pub(super) struct Ops {
 pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec<Variant> {
     let (head_dim, group, h) = (spec.head_dim, spec.n_heads / spec.n_kv_heads, spec.hidden_size);
     let gemvs = batch_tiles(hopper).iter().flat_map(|&tiles| {
-        let of = move |((kind, _), (_, k)): ((&str, &str), (usize, usize))| {
-            GemvShape::new(k, tiles, max_shared).variant(kind, k)
+        let of = move |((kind, _), (n_out, k)): ((&str, &str), (usize, usize))| {
+            GemvShape::new((n_out, k), tiles, max_shared).variant(kind, k)
         };
         GEMV_KINDS.into_iter().zip(gemv_sizes(spec)).map(of).collect::<Vec<_>>()
     });
@@ -183,7 +186,7 @@ impl Ops {
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
         let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
             let (n_out, k) = gemv_sizes(spec)[i];
-            let shape = GemvShape::new(k, batch_tiles(hopper)[set], gpu.max_shared);
+            let shape = GemvShape::new((n_out, k), batch_tiles(hopper)[set], gpu.max_shared);
             let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
             kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
             // A tile is 16 rows of weights.
@@ -268,15 +271,19 @@ impl Ops {
     }
 
     /// For both decode attentions.
-    pub(super) fn decode_attention_launch(&self, n_seqs: usize) -> Launch {
+    pub(super) fn decode_attention_launch(&self, n_seqs: usize, contexts: Contexts) -> Launch {
         let kv_tiles = kv_tiles(self.n_heads, self.n_kv);
-        let grid = [splits(n_seqs, kv_tiles, self.n_sms).n as u32, kv_tiles as u32, n_seqs as u32];
+        let grid = [self.splits(n_seqs, contexts).n as u32, kv_tiles as u32, n_seqs as u32];
         self.launch(grid, DECODE_WARPS as u32 * 32)
     }
 
     /// Fewest pages of a split, for both decode attentions.
-    pub(super) fn min_pages(&self, n_seqs: usize) -> i32 {
-        splits(n_seqs, kv_tiles(self.n_heads, self.n_kv), self.n_sms).min_pages as i32
+    pub(super) fn min_pages(&self, n_seqs: usize, contexts: Contexts) -> i32 {
+        self.splits(n_seqs, contexts).min_pages as i32
+    }
+
+    fn splits(&self, n_seqs: usize, contexts: Contexts) -> Splits {
+        splits((n_seqs, contexts), kv_tiles(self.n_heads, self.n_kv), self.n_sms)
     }
 
     /// For `prefill_attention`.
@@ -304,21 +311,47 @@ struct Splits {
     min_pages: usize,
 }
 
+/// How long a step's longest context is: decides how decode attention cuts them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Contexts {
+    /// Up to [`Contexts::SHORT_BLOCKS`] pages.
+    Short,
+    /// Any.
+    Long,
+}
+
+impl Contexts {
+    /// Pages of the longest context that is short.
+    pub(super) const SHORT_BLOCKS: usize = 32;
+    /// Both.
+    pub(super) const ALL: [Self; 2] = [Self::Short, Self::Long];
+
+    /// Of a step whose longest block table has `n_blocks` pages.
+    pub(super) fn of(n_blocks: usize) -> Self {
+        if n_blocks <= Self::SHORT_BLOCKS { Self::Short } else { Self::Long }
+    }
+}
+
 /// Enough parts to fill the device with few sequences; with many, only long contexts are cut, so that one of them
-/// among short ones does not keep the others waiting. The fastest of those timed on an H100 (docs/log.md).
-fn splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> Splits {
-    let n_blocks = n_seqs * kv_tiles;
-    match n_seqs {
-        ..=8 => Splits { n: (2 * n_sms / n_blocks).clamp(4, 64), min_pages: DECODE_WARPS },
-        9..=16 => Splits { n: 8, min_pages: 16 },
-        _ => Splits { n: 4, min_pages: 32 },
+/// among short ones does not keep the others waiting, and without long ones there are no blocks that would find nothing
+/// to do. The fastest of those timed on an H100 (docs/log.md).
+fn splits((n_seqs, contexts): (usize, Contexts), kv_tiles: usize, n_sms: usize) -> Splits {
+    let fill = (2 * n_sms / (n_seqs * kv_tiles)).clamp(4, 64);
+    match (contexts, n_seqs) {
+        (Contexts::Short, ..=8) => Splits { n: fill.min(8), min_pages: DECODE_WARPS },
+        (Contexts::Short, 9..=16) => Splits { n: 2, min_pages: DECODE_WARPS },
+        (Contexts::Short, _) => Splits { n: 1, min_pages: 1 },
+        (Contexts::Long, ..=8) => Splits { n: fill, min_pages: DECODE_WARPS },
+        (Contexts::Long, 9..=16) => Splits { n: 8, min_pages: 16 },
+        (Contexts::Long, _) => Splits { n: 4, min_pages: 32 },
     }
 }
 
 /// Most splits of all sequences together, for batches to `max_seqs`.
 pub(super) fn max_seq_splits(spec: &DecoderSpec, max_seqs: usize, n_sms: u32) -> usize {
     let kv_tiles = kv_tiles(spec.n_heads, spec.n_kv_heads);
-    (1..=max_seqs).map(|n| n * splits(n, kv_tiles, n_sms as usize).n).max().unwrap_or(1)
+    let n_splits = |n: usize| Contexts::ALL.map(|contexts| splits((n, contexts), kv_tiles, n_sms as usize).n);
+    (1..=max_seqs).flat_map(|n| n_splits(n).map(|splits| n * splits)).max().unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -327,13 +360,24 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device_and_no_more() {
-        assert_eq!([1, 4, 8, 16, 256].map(|n| splits(n, 8, 132).n), [33, 8, 4, 8, 4]);
+        let n = |contexts| [1, 4, 8, 16, 256].map(|n| splits((n, contexts), 8, 132).n);
+        assert_eq!(n(Contexts::Long), [33, 8, 4, 8, 4]);
+        assert_eq!(n(Contexts::Short), [8, 8, 4, 2, 1]);
+        assert_eq!([1, 32, 33].map(Contexts::of), [Contexts::Short, Contexts::Short, Contexts::Long]);
     }
 
     #[test]
     fn warps_share_long_rows_only() {
-        let warps_k = |k| GemvShape::new(k, 1, 227 << 10).warps_k;
+        let warps_k = |k| GemvShape::new((6144, k), 1, 227 << 10).warps_k;
         // 576 is 9 units of 64: four warps get up to three each, as many as their rings have stages; eight would not.
         assert_eq!([64, 576, 896, 4096, 4864, 14336].map(warps_k), [1, 4, 4, 16, 16, 16]);
+    }
+
+    #[test]
+    fn small_matrices_get_deep_rings_where_they_fit() {
+        let stages = |n_out, k, max_shared: u32| GemvShape::new((n_out, k), 1, max_shared << 10).n_stages;
+        assert_eq!(stages(4096, 4096, 227), 12);
+        assert_eq!([stages(4096, 4096, 99), stages(6144, 4096, 227), stages(4096, 14336, 227)], [3, 3, 3]);
+        assert_eq!(stages(896, 896, 227), 3);
     }
 }

@@ -12,7 +12,7 @@ use super::{
     inputs::{Layout, StepShape},
     load::{self, Origin},
     memory::DeviceBuffer,
-    ops::{self, BATCH_TILE_ROWS, Ops},
+    ops::{self, BATCH_TILE_ROWS, Contexts, Ops},
     plan::{self, MemoryInputs},
     stream_gemm::{Product, StreamGemm, StreamKernels},
 };
@@ -33,8 +33,8 @@ pub(super) struct Setup {
     pub(super) forward: Forward,
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
-    /// Graph of each bucket.
-    pub(super) graphs: Vec<Graph>,
+    /// Graphs of each bucket, for short and for long contexts.
+    pub(super) graphs: Vec<[Graph; 2]>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
     pub(super) description: String,
@@ -167,7 +167,7 @@ pub(super) fn run(
     let inputs = MemoryInputs {
         total,
         used: total - free,
-        reserved: sizes.len() * GRAPH_BYTES,
+        reserved: sizes.len() * Contexts::ALL.len() * GRAPH_BYTES,
         page: 2 * spec.n_layers * page_bytes(spec),
         utilization: config.gpu_memory_utilization,
         kv_bytes: config.kv_cache_memory_bytes,
@@ -271,7 +271,7 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
 }
 
 /// Captures a decode step of every bucket.
-fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Graph>, Error> {
+fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 2]>, Error> {
     let started = Instant::now();
     let slots = forward.layout.decode.slot_mapping;
     let nowhere = vec![-1i32; *sizes.last().expect("at least one bucket")];
@@ -281,12 +281,17 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Grap
         .map(|&bucket| {
             // Once without capturing: libraries load their kernels at first use.
             if bucket == 1 || bucket > BATCH_TILE_ROWS {
-                forward.decode(gpu, bucket)?;
+                forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
-            Graph::capture(gpu, || forward.decode(gpu, bucket))
+            let mut graph = |contexts| Graph::capture(gpu, || forward.decode(gpu, bucket, contexts));
+            Ok([graph(Contexts::Short)?, graph(Contexts::Long)?])
         })
-        .collect::<Result<_, _>>()?;
-    tracing::info!("{} CUDA graphs captured in {:.1} s", sizes.len(), started.elapsed().as_secs_f32());
+        .collect::<Result<_, Error>>()?;
+    tracing::info!(
+        "{} CUDA graphs captured in {:.1} s",
+        sizes.len() * Contexts::ALL.len(),
+        started.elapsed().as_secs_f32()
+    );
     Ok(graphs)
 }
