@@ -337,13 +337,16 @@ impl Contexts {
 /// to do. The fastest of those timed on an H100 (docs/log.md).
 fn splits((n_seqs, contexts): (usize, Contexts), kv_tiles: usize, n_sms: usize) -> Splits {
     let fill = (2 * n_sms / (n_seqs * kv_tiles)).clamp(4, 64);
+    let of = |n: usize, min_pages: usize| Splits { n, min_pages };
     match (contexts, n_seqs) {
-        (Contexts::Short, ..=8) => Splits { n: fill.min(8), min_pages: DECODE_WARPS },
-        (Contexts::Short, 9..=16) => Splits { n: 2, min_pages: DECODE_WARPS },
-        (Contexts::Short, _) => Splits { n: 1, min_pages: 1 },
-        (Contexts::Long, ..=8) => Splits { n: fill, min_pages: DECODE_WARPS },
-        (Contexts::Long, 9..=16) => Splits { n: 8, min_pages: 16 },
-        (Contexts::Long, _) => Splits { n: 4, min_pages: 32 },
+        (Contexts::Short, ..=8) => of(fill.min(8), DECODE_WARPS),
+        (Contexts::Short, 9..=16) => of(2, DECODE_WARPS),
+        (Contexts::Short, _) => of(1, 1),
+        (Contexts::Long, ..=2) => of(fill, DECODE_WARPS),
+        (Contexts::Long, 3..=8) => of(16, 16),
+        (Contexts::Long, 9..=32) => of(16, 64),
+        (Contexts::Long, 33..=64) => of(8, 64),
+        (Contexts::Long, _) => of(4, 32),
     }
 }
 
@@ -361,7 +364,7 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_no_more() {
         let n = |contexts| [1, 4, 8, 16, 256].map(|n| splits((n, contexts), 8, 132).n);
-        assert_eq!(n(Contexts::Long), [33, 8, 4, 8, 4]);
+        assert_eq!(n(Contexts::Long), [33, 16, 16, 16, 4]);
         assert_eq!(n(Contexts::Short), [8, 8, 4, 2, 1]);
         assert_eq!([1, 32, 33].map(Contexts::of), [Contexts::Short, Contexts::Short, Contexts::Long]);
     }
