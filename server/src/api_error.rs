@@ -83,6 +83,15 @@ impl ApiError {
         }
     }
 
+    /// The same about `to` if it is about `from`: what the engine calls a field is not always what the client did.
+    #[must_use]
+    pub fn rename(mut self, from: &str, to: &'static str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.into());
+        }
+        self
+    }
+
     /// Ends the message with the value that `body` has for the field at fault, as vLLM does.
     #[must_use]
     pub fn with_value_from(mut self, body: &[u8]) -> Self {

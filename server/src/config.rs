@@ -4,6 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use ember_engine::EngineConfig;
 
+use crate::output::{ReasoningFormat, ToolFormat};
+
 /// Everything that `ember serve` needs.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
@@ -38,6 +40,12 @@ pub struct AppConfig {
     pub enable_request_id_headers: bool,
     /// Tokens per stream chunk.
     pub stream_interval: usize,
+    /// Let the model call tools where a request offers some and says no more.
+    pub enable_auto_tool_choice: bool,
+    /// How the model writes tool calls; `None` refuses them.
+    pub tool_call_parser: Option<&'static ToolFormat>,
+    /// How the model marks reasoning; `None` leaves it in the content.
+    pub reasoning_parser: Option<&'static ReasoningFormat>,
     /// For the metrics: as given to the engine.
     pub gpu_memory_utilization: f32,
     /// For the metrics: as given to the engine.
@@ -54,6 +62,9 @@ impl Default for AppConfig {
             enable_force_include_usage: false,
             enable_request_id_headers: false,
             stream_interval: 1,
+            enable_auto_tool_choice: false,
+            tool_call_parser: None,
+            reasoning_parser: None,
             gpu_memory_utilization: 0.9,
             enable_prefix_caching: true,
         }

@@ -11,6 +11,7 @@ use crate::{
     App, Error,
     config::{AppConfig, ServeConfig},
     listener::{self, End},
+    output::{self, ReasoningFormat, ToolFormat},
 };
 
 /// Options of `ember serve`, as typed.
@@ -43,6 +44,18 @@ pub struct ServeArgs {
     /// Tokens per stream chunk.
     #[arg(long, env = "EMBER_STREAM_INTERVAL", default_value_t = 1, help_heading = "Server")]
     pub stream_interval: usize,
+
+    /// Let the model call tools where a request offers some and says no more; needs --tool-call-parser.
+    #[arg(long, env = "EMBER_ENABLE_AUTO_TOOL_CHOICE", help_heading = "Server")]
+    pub enable_auto_tool_choice: bool,
+
+    /// How the model writes tool calls: hermes (Qwen too) or llama3_json.
+    #[arg(long, env = "EMBER_TOOL_CALL_PARSER", value_name = "NAME", value_parser = output::tool_format, help_heading = "Server")]
+    pub tool_call_parser: Option<&'static ToolFormat>,
+
+    /// How the model marks reasoning: deepseek_r1 or qwen3.
+    #[arg(long, env = "EMBER_REASONING_PARSER", value_name = "NAME", value_parser = output::reasoning_format, help_heading = "Server")]
+    pub reasoning_parser: Option<&'static ReasoningFormat>,
 
     /// Say in usage.prompt_tokens_details how much of the prompt was cached.
     #[arg(long, env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS", help_heading = "Server")]
@@ -87,6 +100,9 @@ impl ServeArgs {
         if self.stream_interval == 0 {
             return Err(Error::config("--stream-interval", "must be at least 1"));
         }
+        if self.enable_auto_tool_choice && self.tool_call_parser.is_none() {
+            return Err(Error::config("--enable-auto-tool-choice", "needs --tool-call-parser"));
+        }
         let engine = self.engine.resolve(&served_model_names[0])?;
         Ok(ServeConfig {
             model: self.model.clone(),
@@ -98,6 +114,9 @@ impl ServeArgs {
                 enable_force_include_usage: self.enable_force_include_usage,
                 enable_request_id_headers: self.enable_request_id_headers,
                 stream_interval: self.stream_interval,
+                enable_auto_tool_choice: self.enable_auto_tool_choice,
+                tool_call_parser: self.tool_call_parser,
+                reasoning_parser: self.reasoning_parser,
                 gpu_memory_utilization: engine.gpu_memory_utilization,
                 enable_prefix_caching: engine.enable_prefix_caching,
             },

@@ -24,6 +24,10 @@ pub trait Frames: Send + Unpin + 'static {
     fn prompt(&mut self, prompt_idx: usize, prompt: PromptEvent);
     /// Writes the chunks for new output.
     fn delta(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter, delta: Delta);
+    /// Tokens so far that were reasoning; `None` if it is not told apart.
+    fn n_reasoning_tokens(&self) -> Option<usize> {
+        None
+    }
     /// The answer's fingerprint, for the usage chunk.
     fn system_fingerprint(&self) -> &str;
 }
@@ -84,6 +88,7 @@ impl<F: Frames> SseBody<F> {
     }
 
     fn finish(&mut self) {
+        self.usage.n_reasoning = self.frames.n_reasoning_tokens();
         if self.usage.at_end {
             let usage = StreamUsage::from(self.usage.total());
             self.writer.begin().raw(r#"],"usage":"#).value(&usage).raw(r#","system_fingerprint":"#);

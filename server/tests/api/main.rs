@@ -6,3 +6,4 @@ mod fake;
 mod lifecycle;
 mod snapshots;
 mod streaming;
+mod tools;
