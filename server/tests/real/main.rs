@@ -2,3 +2,4 @@
 
 mod disconnects;
 mod server;
+mod structured;

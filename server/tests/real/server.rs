@@ -17,6 +17,12 @@ use serde_json::{Value, json};
 /// Nothing that tests ask of the tiny model takes nearly as long.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The tiny model's end of sequence.
+pub const EOS: u32 = 511;
+
+const CHAT_TEMPLATE: &str =
+    "{% for message in messages %}{{ message.role }}:{{ message.content }}\n{% endfor %}assistant:";
+
 /// A running server. Dropping it kills the process.
 pub struct Server {
     child: Child,
@@ -31,7 +37,7 @@ fn tiny_config() -> Value {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 512, "max_position_embeddings": 512, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": false, "rope_theta": 10000.0
+        "tie_word_embeddings": false, "rope_theta": 10000.0, "eos_token_id": EOS
     })
 }
 
@@ -40,6 +46,8 @@ impl Server {
     pub fn tiny(args: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), tiny_config().to_string()).unwrap();
+        let template = json!({"chat_template": CHAT_TEMPLATE});
+        std::fs::write(folder.path().join("tokenizer_config.json"), template.to_string()).unwrap();
         let args = [&["--load-format", "dummy"], args].concat();
         let mut server = Self::start(folder.path(), &args);
         server.folder = Some(folder);
