@@ -73,6 +73,16 @@ impl ApiError {
         Self { message: message.into(), ..Self::http(status) }
     }
 
+    /// A request that took longer than the server lets it.
+    pub fn timed_out() -> Self {
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            kind: "ServiceUnavailableError",
+            message: "The request took longer than this server allows (--request-timeout).".into(),
+            param: None,
+        }
+    }
+
     /// A failure of the server, not of the request.
     pub fn internal(message: impl Into<String>) -> Self {
         Self {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    future::Future,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -14,6 +15,8 @@ use futures_util::{
     future::Either,
     stream::{BoxStream, SelectAll},
 };
+
+use tokio::time::Sleep;
 
 use crate::{ApiError, EventStream, Permit, app::App, tracker::Tracker};
 
@@ -40,6 +43,8 @@ pub struct Choices {
     n: usize,
     n_prompts: usize,
     tracker: Tracker,
+    /// When it has taken too long.
+    deadline: Option<Pin<Box<Sleep>>>,
     _permit: Permit,
 }
 
@@ -59,7 +64,8 @@ impl Choices {
                 format!("A request can have at most {MAX_SEQUENCES} choices in all, got {n_prompts} prompts of {n}."),
             ));
         }
-        let permit = app.admission.admit(n_prompts * n)?;
+        let permit =
+            app.admission.admit(n_prompts * n).inspect_err(|_| app.metrics.admission_rejections.increment(1))?;
         let mut streams = Vec::with_capacity(n_prompts);
         for (idx, submitted) in submit(app, requests).await?.into_iter().enumerate() {
             streams.push(submitted.map(move |event| (idx, event)).boxed());
@@ -69,7 +75,13 @@ impl Choices {
             Some(only) if streams.is_empty() => Either::Left(only),
             last => Either::Right(streams.into_iter().chain(last).collect()),
         };
-        Ok(Self { events, ahead: VecDeque::new(), n, n_prompts, tracker, _permit: permit })
+        let deadline = app.config.request_timeout.map(|limit| Box::pin(tokio::time::sleep(limit)));
+        Ok(Self { events, ahead: VecDeque::new(), n, n_prompts, tracker, deadline, _permit: permit })
+    }
+
+    /// The server's shared state.
+    pub fn app(&self) -> &App {
+        self.tracker.app()
     }
 
     /// Choices in all.
@@ -118,7 +130,13 @@ impl Choices {
     }
 
     fn poll_engine(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<ChoiceEvent, ApiError>>> {
-        let Some((prompt_idx, event)) = ready!(self.events.poll_next_unpin(cx)) else {
+        let Poll::Ready(next) = self.events.poll_next_unpin(cx) else {
+            ready!(self.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.as_mut().poll(cx)));
+            self.deadline = None;
+            self.tracker.fail();
+            return Poll::Ready(Some(Err(ApiError::timed_out())));
+        };
+        let Some((prompt_idx, event)) = next else {
             return Poll::Ready(None);
         };
         Poll::Ready(Some(match event {

@@ -83,9 +83,10 @@ impl Backend for FakeEngine {
             let known = prompt.iter().skip(1).map(|&id| Some(logprobs(id, n_top)));
             std::iter::once(None).chain(known).collect()
         });
+        let prompt_len = prompt.len();
         let mut events = vec![Ok(Event::Prompt(PromptEvent {
             token_ids: prompt.into(),
-            n_cached: 3,
+            n_cached: prompt_len.min(3),
             queue_time: Duration::from_secs(2),
             prefill_time: Duration::from_secs(1),
             logprobs: prompt_logprobs,

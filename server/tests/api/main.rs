@@ -7,3 +7,4 @@ mod lifecycle;
 mod snapshots;
 mod streaming;
 mod tools;
+mod transport;
