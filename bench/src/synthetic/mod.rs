@@ -274,7 +274,7 @@ mod tests {
         assert!(error.contains("none of 4096 synthetic rows") && error.contains("--max-prompt-length"), "{error}");
         let one_in_a_thousand = |_: &str| {
             n_asked.set(n_asked.get() + 1);
-            Ok(n_asked.get() % 1000 == 0)
+            Ok(n_asked.get().is_multiple_of(1000))
         };
         n_asked.set(0);
         let error = file("few", &one_in_a_thousand).unwrap_err().to_string();
