@@ -16,6 +16,14 @@ pub enum Error {
         "no prompt of {source_name} is left between --min-prompt-length {min} and --max-prompt-length {max} {unit}"
     )]
     NoPrompts { source_name: String, min: usize, max: usize, unit: &'static str },
+    /// The length limits admit too few prompts of a generator.
+    #[error(
+        "{} of {n_drawn} synthetic rows of {dataset} pass --min-prompt-length and --max-prompt-length, and {n_wanted} \
+         are needed: widen the limits{}",
+        if *.n_found == 0 { "none".to_owned() } else { format!("only {n_found}") },
+        if *.n_found == 0 { "" } else { ", or lower --number and --warmup" }
+    )]
+    FewPrompts { n_found: usize, n_drawn: usize, n_wanted: usize, dataset: &'static str },
     /// A file cannot be read or written.
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },

@@ -234,3 +234,31 @@ async fn an_address_where_nobody_listens_is_an_error() {
     assert!(error.starts_with("cannot connect to 127.0.0.1:9: "), "{error}");
     assert!(started.elapsed() < Duration::from_secs(5));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn length_limits_do_not_make_synthetic_prompts_repeat() {
+    let server = Server::start(|_| Script::json(200, WHOLE)).await;
+    let cache = tempfile::tempdir().unwrap();
+    let perf = |flags: &str| {
+        let line = format!(
+            "perf --model m --url {} --db {} --no-stream --dataset longalpaca --max-tokens 3 --parallel 8 {flags}",
+            server.url(),
+            cache.path().join("results.db").display()
+        );
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ember-bench"));
+        command.args(line.split_whitespace()).env("XDG_CACHE_HOME", cache.path());
+        tokio::task::spawn_blocking(move || command.output().unwrap())
+    };
+    // Of the generator's smallest file, 64 rows, about a quarter is as short.
+    let output = perf("--max-prompt-length 2000 -n 60").await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let prompts: Vec<String> =
+        server.seen().iter().map(|seen| seen.body["messages"][0]["content"].as_str().unwrap().to_owned()).collect();
+    let distinct: std::collections::HashSet<&String> = prompts.iter().collect();
+    assert_eq!((prompts.len(), distinct.len()), (60, 60));
+    assert!(prompts.iter().all(|prompt| prompt.chars().count() <= 2000));
+    let output = perf("--max-prompt-length 3 -n 60").await.unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && message.contains("none of 4096 synthetic rows of longalpaca"), "{message}");
+    assert_eq!(server.seen().len(), 60);
+}

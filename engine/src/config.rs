@@ -36,6 +36,16 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// Who goes first when there is not room for all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    #[default]
+    Fcfs,
+    /// The lowest [`crate::GenerateRequest::priority`]; among equals, first come, first served.
+    Priority,
+}
+
 /// Options of [`crate::Engine::load`]. The default serves any model on any machine.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
@@ -57,6 +67,8 @@ pub struct EngineConfig {
     pub kv_cache_memory_bytes: Option<usize>,
     /// Reuse the KV pages of equal prompt prefixes.
     pub enable_prefix_caching: bool,
+    /// Who waits, and who gives pages back when they run out.
+    pub scheduling_policy: SchedulingPolicy,
     /// Seeds dummy weights and requests that carry no seed.
     pub seed: u64,
     /// Label `model_name` of the metrics.
@@ -75,6 +87,7 @@ impl Default for EngineConfig {
             gpu_memory_utilization: 0.9,
             kv_cache_memory_bytes: None,
             enable_prefix_caching: true,
+            scheduling_policy: SchedulingPolicy::Fcfs,
             seed: 0,
             model_name: "default".into(),
         }

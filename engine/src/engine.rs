@@ -8,18 +8,22 @@ use std::{
         mpsc,
     },
     thread::JoinHandle,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use crate::{
-    EngineConfig, Error, Event, GenerateRequest, Generation, Output, Prompt, SamplingParams,
+    EngineConfig, Error, Event, GenerateRequest, Generation, Output, Prompt, SamplingParams, SchedulingPolicy,
     executors::{self, Capacity},
     generation::CancelFlag,
+    grammar::{Grammar, GrammarCompiler},
     models::{GenerationDefaults, Model},
     sequence::NewSequence,
     serving::{Arrival, Serving, Shared},
     text::{ChatTemplate, Tokenizer},
 };
+
+/// Most token sequences that a request's `bad_words` may come to.
+const MAX_BAD_WORDS: usize = 128;
 
 /// A loaded model that answers requests until it is dropped.
 pub struct Engine {
@@ -29,6 +33,8 @@ pub struct Engine {
     defaults: SamplingParams,
     eos_token_ids: Arc<[u32]>,
     shared: Arc<Shared>,
+    grammars: GrammarCompiler,
+    scheduling_policy: SchedulingPolicy,
     seed: u64,
     n_requests: AtomicU64,
     /// `None` once the engine is being dropped.
@@ -97,7 +103,7 @@ impl Engine {
         let Model { path, spec, weights, tokenizer, chat_template, generation, file_dtype } = model;
         let (vocab_size, n_parameters) = (spec.vocab_size, spec.n_parameters());
         let architecture = spec.architecture.clone();
-        let seed = config.seed;
+        let (seed, scheduling_policy) = (config.seed, config.scheduling_policy);
 
         let shared = Arc::new(Shared::new());
         let (arrivals, inbox) = mpsc::channel();
@@ -120,6 +126,7 @@ impl Engine {
         let (capacity, executor) =
             wait_loaded.recv().map_err(|_| Error::Device("the engine's thread died while loading".into()))??;
 
+        let grammars = GrammarCompiler::new(&tokenizer, &generation.eos_token_ids);
         Ok(Self {
             info: EngineInfo {
                 model_path: path,
@@ -139,6 +146,8 @@ impl Engine {
             defaults: default_sampling_params(&generation),
             eos_token_ids: generation.eos_token_ids.into(),
             shared,
+            grammars,
+            scheduling_policy,
             seed,
             n_requests: AtomicU64::new(0),
             arrivals: Some(arrivals),
@@ -146,19 +155,22 @@ impl Engine {
         })
     }
 
-    /// Starts one request.
+    /// Starts one request. Compiles `structured_outputs`, which can take milliseconds.
     ///
     /// # Errors
     /// [`Error::InvalidRequest`] for parameters out of range or a prompt longer than the context;
     /// [`Error::Stopped`] after a device error.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, Error> {
-        let GenerateRequest { prompt, params, cache_salt } = request;
+        let arrived = Instant::now();
+        let GenerateRequest { prompt, params, cache_salt, priority } = request;
         params.validate(self.info.vocab_size)?;
         let prompt: Arc<[u32]> = match prompt {
             Prompt::Text(text) => self.tokenizer.encode(&text, true)?.into(),
             Prompt::Tokens(ids) => ids.into(),
         };
         self.check_prompt(&prompt)?;
+        let grammar = params.structured_outputs.as_ref().map(|outputs| self.grammars.compile(outputs)).transpose()?;
+        let bad_words: Arc<[Vec<u32>]> = self.bad_words(&params.bad_words)?.into();
         if let Some(error) = self.shared.failure() {
             return Err(Error::Stopped(error.to_string()));
         }
@@ -177,12 +189,33 @@ impl Engine {
                 max_len: self.info.max_model_len,
                 eos_token_ids: self.eos_token_ids.clone(),
                 cache_salt: cache_salt.clone(),
+                priority: if self.scheduling_policy == SchedulingPolicy::Priority { priority } else { 0 },
+                grammar: grammar.as_ref().map(Grammar::fork),
+                bad_words: bad_words.clone(),
             };
-            let arrival = Arrival { sequence, index, events: events.clone(), cancel };
+            let arrival = Arrival { sequence, index, events: events.clone(), cancel, arrived };
             let arrivals = self.arrivals.as_ref().expect("set until drop");
             arrivals.send(arrival).map_err(|_| Error::Stopped("its thread has ended".into()))?;
         }
         Ok(generation)
+    }
+
+    /// The spellings of `words`, each also with a space before it if that is a token of its own.
+    fn bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, Error> {
+        let mut spellings: Vec<Vec<u32>> = Vec::new();
+        for word in words {
+            let bare = self.tokenizer.encode(word.trim_start(), false)?;
+            let spaced = self.tokenizer.encode(&format!(" {}", word.trim_start()), false)?;
+            let is_other_spelling = spaced.len() == bare.len() && spaced.first() != bare.first();
+            spellings.push(bare);
+            spellings.extend(is_other_spelling.then_some(spaced));
+        }
+        if spellings.len() > MAX_BAD_WORDS {
+            let message =
+                format!("bad_words come to {} token sequences, which is more than {MAX_BAD_WORDS}.", spellings.len());
+            return Err(Error::invalid("bad_words", message));
+        }
+        Ok(spellings)
     }
 
     fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
@@ -263,6 +296,11 @@ impl Engine {
     /// State and counters.
     pub fn stats(&self) -> EngineStats {
         self.shared.stats()
+    }
+
+    /// Tokens of each step since the last call, the latest 65,536.
+    pub fn take_step_sizes(&self) -> Vec<u32> {
+        self.shared.take_step_sizes()
     }
 
     /// False once the device has failed.

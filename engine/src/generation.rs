@@ -9,6 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use ember_common::FinishReason;
@@ -25,7 +26,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) enum TokenEvent {
     /// Once per sequence, before its first token.
-    Prompt { n_cached: usize, logprobs: Vec<TokenLogprobs> },
+    Prompt { n_cached: usize, logprobs: Vec<TokenLogprobs>, queue_time: Duration, prefill_time: Duration },
     /// One token.
     Token { index: usize, token_id: u32, logprobs: Option<TokenLogprobs>, end: Option<SequenceEnd> },
     /// The request is lost.
@@ -129,7 +130,7 @@ impl Generation {
 
     fn take_in(&mut self, event: Option<TokenEvent>) -> Result<(), Error> {
         match event {
-            Some(TokenEvent::Prompt { n_cached, logprobs }) => {
+            Some(TokenEvent::Prompt { n_cached, logprobs, queue_time, prefill_time }) => {
                 if !std::mem::replace(&mut self.prompt_sent, true) {
                     let logprobs = self
                         .wants_prompt_logprobs
@@ -137,6 +138,8 @@ impl Generation {
                     self.ready.push_back(Event::Prompt(PromptEvent {
                         token_ids: self.prompt.clone(),
                         n_cached,
+                        queue_time,
+                        prefill_time,
                         logprobs,
                     }));
                 }
@@ -172,9 +175,8 @@ impl Sequence {
         end: Option<SequenceEnd>,
     ) -> Delta {
         let mut text = String::new();
-        // A stop token ends the text without being part of it, unless special tokens were asked for.
-        let is_hidden_stop = end.is_some_and(|e| e.reason == FinishReason::Stop);
-        if !is_hidden_stop {
+        // A stop token ends the text without being part of it.
+        if end.is_none_or(|end| end.shows_token) {
             self.detokenizer.push(token_id, &mut text);
         }
         if end.is_some() {

@@ -13,6 +13,7 @@
 //!   `StepOutput` of sampled tokens comes back.
 //! - [`decoder::DecoderSpec`] is the one description of a model; [`models`] fills it from
 //!   `config.json` or GGUF metadata, executors interpret it.
+//! - [`grammar`] says which tokens may come next where the output's form is prescribed.
 //! - [`text`] turns text to tokens and back on the caller's side of the channel.
 
 #![warn(missing_docs)]
@@ -23,6 +24,7 @@ mod engine;
 mod error;
 pub mod executors;
 mod generation;
+pub mod grammar;
 pub mod kv_pool;
 pub mod models;
 pub mod quant;
@@ -35,10 +37,11 @@ pub mod step;
 pub mod text;
 pub mod weights;
 
-pub use config::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat};
+pub use config::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, SchedulingPolicy};
 pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;
+pub use grammar::{OutputForm, StructuredOutputs};
 pub use request::{
     Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
 };

@@ -1,8 +1,10 @@
 //! What callers ask for and what they get: requests, sampling parameters, events.
 
+use std::time::Duration;
+
 use ember_common::FinishReason;
 
-use crate::Error;
+use crate::{Error, StructuredOutputs};
 
 /// A prompt, as text or as token ids that bypass the tokenizer.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,12 +30,14 @@ pub struct GenerateRequest {
     pub params: SamplingParams,
     /// Mixed into the prefix-cache hashes, so that only requests of equal salt share pages.
     pub cache_salt: Option<String>,
+    /// Lower goes first; equal ones in order of arrival. Only with [`crate::SchedulingPolicy::Priority`].
+    pub priority: i64,
 }
 
 impl GenerateRequest {
-    /// A request with no cache salt.
+    /// A request with no cache salt and priority 0.
     pub fn new(prompt: impl Into<Prompt>, params: SamplingParams) -> Self {
-        Self { prompt: prompt.into(), params, cache_salt: None }
+        Self { prompt: prompt.into(), params, cache_salt: None, priority: 0 }
     }
 }
 
@@ -61,6 +65,10 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Only these token ids may be sampled.
     pub allowed_token_ids: Option<Vec<u32>>,
+    /// Texts that must not be in the output, as the tokenizer spells them with and without a space before.
+    pub bad_words: Vec<String>,
+    /// What the output must look like.
+    pub structured_outputs: Option<StructuredOutputs>,
     /// Same seed, same tokens, whatever else runs. `None` draws one.
     pub seed: Option<u64>,
     /// Output ends before any of these strings.
@@ -96,6 +104,8 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             logit_bias: Vec::new(),
             allowed_token_ids: None,
+            bad_words: Vec::new(),
+            structured_outputs: None,
             seed: None,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
@@ -201,6 +211,9 @@ impl SamplingParams {
             }
             in_vocab("allowed_token_ids", Box::new(allowed.iter().copied()))?;
         }
+        if self.bad_words.iter().any(|word| word.trim().is_empty()) {
+            return Err(Error::invalid("bad_words", "bad_words cannot contain an empty string."));
+        }
         Ok(())
     }
 }
@@ -243,6 +256,10 @@ pub struct PromptEvent {
     pub token_ids: std::sync::Arc<[u32]>,
     /// How many of them came from the prefix cache.
     pub n_cached: usize,
+    /// From the request's arrival to its first step.
+    pub queue_time: Duration,
+    /// From its first step to its first token.
+    pub prefill_time: Duration,
     /// With `prompt_logprobs`: one entry per prompt token, the first `None`.
     pub logprobs: Option<Vec<Option<TokenLogprobs>>>,
 }

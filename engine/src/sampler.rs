@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use crate::{
     request::{SamplingParams, TokenLogprobs},
-    step::{SampleRow, SampledToken, TokenHistory},
+    step::{Banned, SampleRow, SampledToken, TokenHistory},
 };
 
 /// Samples from `logits`, `[vocab_size]`, which are changed.
@@ -33,8 +33,8 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow) -> SampledToken {
             logits[id as usize] = value;
         }
     }
-    for &id in row.banned.iter().flat_map(|ids| ids.iter()) {
-        logits[id as usize] = f32::NEG_INFINITY;
+    if let Some(banned) = &row.banned {
+        ban(logits, banned);
     }
 
     let token_id = if params.is_greedy() { argmax(logits) } else { draw(logits, row) };
@@ -72,6 +72,33 @@ impl LogSoftmax {
 
     fn of(self, logit: f32) -> f32 {
         logit - self.log_sum
+    }
+}
+
+fn ban(logits: &mut [f32], banned: &Banned) {
+    let before: Vec<f32> = banned.ids.iter().map(|&id| logits[id as usize]).collect();
+    for &id in banned.ids.iter() {
+        logits[id as usize] = f32::NEG_INFINITY;
+    }
+    let Some(mask) = &banned.mask else { return };
+    let forbid = |logits: &mut [f32]| {
+        let mut n_left = 0;
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if !mask.allows(id as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+            n_left += usize::from(*logit > f32::NEG_INFINITY);
+        }
+        n_left
+    };
+    if forbid(logits) == 0 {
+        for (&id, logit) in banned.ids.iter().zip(before) {
+            logits[id as usize] = logit;
+        }
+        if forbid(logits) == 0 {
+            // The request's own lists leave nothing that the grammar allows.
+            (0..).zip(logits.iter_mut()).filter(|&(id, _)| mask.allows(id)).for_each(|(_, logit)| *logit = 0.0);
+        }
     }
 }
 
@@ -299,7 +326,7 @@ mod tests {
         let logits = [1.0, 3.0, 2.0];
         assert_eq!(sampled(&logits, &row(greedy.clone())), 1);
         let mut banned = row(greedy.clone());
-        banned.banned = Some([1].as_slice().into());
+        banned.banned = Some(Banned::of([1]));
         assert_eq!(sampled(&logits, &banned), 2);
         assert_eq!(sampled(&logits, &row(SamplingParams { logit_bias: vec![(0, 5.0)], ..greedy })), 0);
     }
@@ -313,5 +340,23 @@ mod tests {
         assert_eq!((got.token_id, got.rank), (0, 3));
         assert!((got.logprob - 0.2f32.ln()).abs() < 1e-5);
         assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 2]);
+    }
+    #[test]
+    fn a_grammar_outranks_bans_that_leave_nothing() {
+        use crate::{OutputForm, grammar::GrammarCompiler, text::Tokenizer};
+        let compiler = GrammarCompiler::new(&Tokenizer::byte_level(256).expect("valid"), &[]);
+        let grammar = compiler.compile(&OutputForm::Choice(vec!["a".into(), "b".into()]).into()).expect("valid");
+        let mut logits = vec![0.0; 256];
+        logits[usize::from(b'b')] = 1.0;
+        logits[usize::from(b'c')] = 2.0;
+        let with = |ids: &[u32], allowed: Option<Vec<u32>>| {
+            let mut row = row(SamplingParams { temperature: 0.0, allowed_token_ids: allowed, ..Default::default() });
+            row.banned = Some(Banned { ids: ids.into(), mask: Some(Arc::new(grammar.mask())) });
+            sampled(&logits, &row) as u8
+        };
+        assert_eq!(with(&[], None), b'b');
+        assert_eq!(with(&[u32::from(b'b')], None), b'a');
+        assert_eq!(with(&[u32::from(b'a'), u32::from(b'b')], None), b'b');
+        assert_eq!(with(&[], Some(vec![u32::from(b'z')])), b'a');
     }
 }

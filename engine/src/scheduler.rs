@@ -1,9 +1,9 @@
 //! Which tokens run in the next step: continuous batching under a token budget, chunked prefill,
-//! preemption by recompute, first come first served. Pure: no tensors, no clock, no IO.
+//! preemption by recompute, first come first served or by priority. Pure: no tensors, no clock, no IO.
 //!
 //! A step first takes one token of every decoding sequence, then prompt chunks of running
 //! sequences, then new sequences, until the budget is spent. When pages run out, the sequence that
-//! arrived last gives its pages back and is computed again later.
+//! is last in the order of (priority, arrival) gives its pages back and is computed again later.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -58,6 +58,8 @@ pub struct Progress {
     pub logprobs: Option<TokenLogprobs>,
     /// Set if it was the last; the sequence is then forgotten.
     pub end: Option<SequenceEnd>,
+    /// Why its grammar could not go on, if that is what ended it.
+    pub grammar_error: Option<String>,
 }
 
 /// What a prompt gave.
@@ -85,9 +87,12 @@ pub struct Scheduler {
     config: SchedulerConfig,
     pool: KvPool,
     seqs: HashMap<SeqId, Sequence>,
+    /// In order of (priority, arrival).
     waiting: VecDeque<SeqId>,
-    /// In order of arrival.
+    /// In order of (priority, arrival).
     running: Vec<SeqId>,
+    /// Came into the batch for the first time and were not asked for yet.
+    admitted: Vec<SeqId>,
     free_slots: Vec<u32>,
     in_flight: VecDeque<Vec<InFlight>>,
     next_id: SeqId,
@@ -102,6 +107,7 @@ impl Scheduler {
             seqs: HashMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            admitted: Vec::new(),
             free_slots: (0..config.max_num_seqs as u32).rev().collect(),
             in_flight: VecDeque::new(),
             next_id: 0,
@@ -117,8 +123,15 @@ impl Scheduler {
         let id = self.next_id;
         self.next_id += 1;
         self.seqs.insert(id, Sequence::new(new));
-        self.waiting.push_back(id);
+        self.queue(id);
         id
+    }
+
+    /// Puts a sequence to its place among those that wait.
+    fn queue(&mut self, id: SeqId) {
+        let rank = |id: SeqId| (self.seqs[&id].new.priority, id);
+        let at = self.waiting.partition_point(|&other| rank(other) < rank(id));
+        self.waiting.insert(at, id);
     }
 
     /// Forgets a sequence and frees its pages; its tokens in flight are dropped when they come.
@@ -130,6 +143,11 @@ impl Scheduler {
             self.free_slots.extend(seq.slot.take());
             self.pool.release(&mut seq.table);
         }
+    }
+
+    /// The sequences that came into the batch for the first time since the last call.
+    pub fn take_admitted(&mut self) -> Vec<SeqId> {
+        std::mem::take(&mut self.admitted)
     }
 
     /// Whether no sequence is left and no step is in flight.
@@ -178,7 +196,7 @@ impl Scheduler {
         Some(self.build(&planned))
     }
 
-    /// Takes tokens of running sequences, oldest first. Returns whether any had to be preempted.
+    /// Takes tokens of running sequences, in their order. Returns whether any had to be preempted.
     fn plan_running(&mut self, budget: &mut usize, planned: &mut Vec<(SeqId, usize)>) -> bool {
         let mut preempted = false;
         // Decoding sequences before prompt chunks, so that long prompts never hold up a token.
@@ -216,7 +234,7 @@ impl Scheduler {
         preempted
     }
 
-    /// Admits waiting sequences, first come first served.
+    /// Admits waiting sequences, in their order.
     fn plan_waiting(&mut self, budget: &mut usize, planned: &mut Vec<(SeqId, usize)>) {
         while *budget > 0
             && !self.free_slots.is_empty()
@@ -248,17 +266,21 @@ impl Scheduler {
                 self.counters.n_prefix_queries += seq.tokens.len() as u64;
                 self.counters.n_prefix_hits += n_cached as u64;
             }
-            seq.n_cached.get_or_insert(n_cached);
+            if seq.n_cached.is_none() {
+                seq.n_cached = Some(n_cached);
+                self.admitted.push(id);
+            }
             seq.slot = self.free_slots.pop();
             self.waiting.pop_front();
-            let at = self.running.partition_point(|&r| r < id);
+            let rank = |id: SeqId| (self.seqs[&id].new.priority, id);
+            let at = self.running.partition_point(|&other| rank(other) < rank(id));
             self.running.insert(at, id);
             *budget -= n_tokens;
             planned.push((id, n_tokens));
         }
     }
 
-    /// Puts the running sequence that arrived last back to the front of the queue.
+    /// Puts the last of the running sequences back to the queue.
     fn preempt_last(&mut self) {
         let id = self.running.pop().expect("a sequence is running");
         let seq = self.seqs.get_mut(&id).expect("running sequences are known");
@@ -267,8 +289,7 @@ impl Scheduler {
         seq.n_scheduled = 0;
         seq.n_preemptions += 1;
         seq.prompt_logprobs.clear();
-        let at = self.waiting.partition_point(|&w| w < id);
-        self.waiting.insert(at, id);
+        self.queue(id);
         self.counters.n_preemptions += 1;
     }
 
@@ -360,6 +381,7 @@ impl Scheduler {
                     token_id: token.token_id,
                     logprobs: token.logprobs,
                     end,
+                    grammar_error: seq.grammar_error.take(),
                 });
                 self.counters.n_generation_tokens += 1;
                 end

@@ -22,6 +22,9 @@ fn sequence(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> NewSequen
         max_len: 96,
         eos_token_ids: [EOS, 2].as_slice().into(),
         cache_salt: None,
+        priority: 0,
+        grammar: None,
+        bad_words: Arc::default(),
     }
 }
 
@@ -45,7 +48,7 @@ fn a_prompt_is_cut_to_the_budget_and_then_decoded() {
         ended = scheduler.complete(run(&step, |_, position| 100 + position)).into_iter().find_map(|p| p.end).or(ended);
     }
     assert_eq!(lens, [(32, 0), (18, 1), (1, 1)]);
-    assert_eq!(ended, Some(SequenceEnd { reason: FinishReason::Length, stop_token: None }));
+    assert_eq!(ended, Some(SequenceEnd { reason: FinishReason::Length, stop_token: None, shows_token: true }));
     assert!(scheduler.is_idle());
     assert_eq!(scheduler.pool().n_free(), 16);
 }
@@ -85,9 +88,9 @@ fn min_tokens_bans_the_stop_ids_until_then() {
     let params = SamplingParams { min_tokens: 1, stop_token_ids: vec![9], ..Default::default() };
     scheduler.add(NewSequence { params: Arc::new(params), ..sequence(10..14, 1) });
     let step = scheduler.plan().expect("work");
-    assert_eq!(step.samples[0].banned.as_deref(), Some([9, EOS, 2].as_slice()));
+    assert_eq!(step.samples[0].banned.as_ref().map(|banned| &*banned.ids), Some([9, EOS, 2].as_slice()));
     scheduler.complete(run(&step, |_, _| 50));
-    assert_eq!(scheduler.plan().expect("work").samples[0].banned, None);
+    assert!(scheduler.plan().expect("work").samples[0].banned.is_none());
 }
 
 #[test]
@@ -232,4 +235,62 @@ proptest! {
             prop_assert_eq!(got.get(&id), Some(&reference));
         }
     }
+}
+
+#[test]
+fn bad_words_ban_their_last_token_where_the_rest_has_come() {
+    let mut scheduler = Scheduler::new(config(16));
+    let bad_words: Arc<[Vec<u32>]> = [vec![7], vec![50, 51], vec![52, 50, 8]].into();
+    scheduler.add(NewSequence { bad_words, ..sequence([10, 50], 9) });
+    let mut bans = Vec::new();
+    for token in [52, 50, 9] {
+        let step = scheduler.plan().expect("work");
+        assert!(scheduler.plan().is_none(), "the next bans depend on the token in flight");
+        bans.push(step.samples[0].banned.as_ref().expect("a ban").ids.to_vec());
+        scheduler.complete(run(&step, |_, _| token));
+    }
+    // The prompt's own end does not count.
+    assert_eq!(bans, [vec![7], vec![7], vec![7, 51, 8]]);
+}
+
+#[test]
+fn a_grammar_waits_for_each_token_and_ends_its_sequence() {
+    use crate::{OutputForm, grammar::GrammarCompiler, text::Tokenizer};
+    let compiler = GrammarCompiler::new(&Tokenizer::byte_level(256).expect("valid"), &[]);
+    let grammar = compiler.compile(&OutputForm::Choice(vec!["ab".into()]).into()).expect("valid");
+    let mut scheduler = Scheduler::new(config(16));
+    scheduler.add(NewSequence { grammar: Some(grammar.fork()), ..sequence(10..14, 9) });
+    let mut end = None;
+    for token in *b"ab" {
+        let step = scheduler.plan().expect("work");
+        assert!(scheduler.plan().is_none());
+        let mask = step.samples[0].banned.as_ref().and_then(|banned| banned.mask.clone()).expect("a mask");
+        let allowed: Vec<u32> = (0..256).filter(|&id| mask.allows(id)).collect();
+        assert_eq!(allowed.first(), Some(&u32::from(token)));
+        end = scheduler.complete(run(&step, |_, _| u32::from(token)))[0].end;
+    }
+    assert_eq!(end, Some(SequenceEnd { reason: FinishReason::Stop, stop_token: None, shows_token: true }));
+    assert!(scheduler.is_idle());
+
+    scheduler.add(NewSequence { grammar: Some(grammar), ..sequence(10..14, 9) });
+    let step = scheduler.plan().expect("work");
+    let progress = scheduler.complete(run(&step, |_, _| u32::from(b'x')));
+    assert!(progress[0].grammar_error.is_some() && scheduler.is_idle());
+}
+
+#[test]
+fn lower_priorities_go_first_and_keep_their_pages() {
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_num_seqs: 2, ..config(6) });
+    let with = |priority: i64| NewSequence { priority, ..sequence(10..26, 70) };
+    let [late, first, second] = [5, -1, 0].map(|priority| scheduler.add(with(priority)));
+    let mut preempted = Vec::new();
+    let mut order = Vec::new();
+    while let Some(step) = scheduler.plan() {
+        order.extend(scheduler.take_admitted());
+        preempted.push(scheduler.counters().n_preemptions);
+        scheduler.complete(run(&step, |_, position| 100 + position));
+    }
+    assert_eq!(order, [first, second, late]);
+    assert!(preempted.iter().any(|&n| n > 0), "the pages are too few for two");
+    assert_eq!(scheduler.pool().n_free(), 6);
 }

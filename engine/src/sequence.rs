@@ -5,8 +5,10 @@ use std::sync::Arc;
 use ember_common::FinishReason;
 
 use crate::{
+    grammar::Grammar,
     kv_pool::BlockTable,
     request::{SamplingParams, TokenLogprobs},
+    step::Banned,
 };
 
 /// Unique for the life of an engine.
@@ -27,6 +29,12 @@ pub struct NewSequence {
     pub eos_token_ids: Arc<[u32]>,
     /// Mixed into the prefix-cache lookup.
     pub cache_salt: Option<String>,
+    /// Lower goes first.
+    pub priority: i64,
+    /// What the output must look like; of this sequence alone.
+    pub grammar: Option<Grammar>,
+    /// Token sequences that must not be in the output.
+    pub bad_words: Arc<[Vec<u32>]>,
 }
 
 /// How a sequence ended.
@@ -36,6 +44,8 @@ pub struct SequenceEnd {
     pub reason: FinishReason,
     /// The stop token, unless it is the primary end-of-sequence token.
     pub stop_token: Option<u32>,
+    /// Whether the last token is part of the text; a stop token is not.
+    pub shows_token: bool,
 }
 
 /// A sequence from its arrival to its end.
@@ -57,6 +67,8 @@ pub struct Sequence {
     pub(crate) n_preemptions: u32,
     /// Prompt log-probabilities so far, if asked for.
     pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
+    /// Set once the grammar has failed; the sequence ends with it.
+    pub(crate) grammar_error: Option<String>,
     banned_until_min_tokens: Option<Arc<[u32]>>,
 }
 
@@ -77,6 +89,7 @@ impl Sequence {
             n_cached: None,
             n_preemptions: 0,
             prompt_logprobs: Vec::new(),
+            grammar_error: None,
             banned_until_min_tokens: banned,
         }
     }
@@ -99,35 +112,75 @@ impl Sequence {
 
     /// Tokens that wait for a step.
     pub(crate) fn n_to_schedule(&self) -> usize {
-        if self.n_in_flight > 0 && self.virtual_len() >= self.len_limit() {
-            // The last token is already being sampled.
+        // The last token is already being sampled, or the next one depends on it.
+        if self.n_in_flight > 0 && (self.virtual_len() >= self.len_limit() || self.needs_known_tokens()) {
             return 0;
         }
         self.virtual_len() - self.n_scheduled
     }
 
-    /// Ids that must not be sampled for output token number `n_output`.
-    pub(crate) fn banned(&self) -> Option<Arc<[u32]>> {
-        (self.n_output() < self.new.params.min_tokens as usize).then(|| self.banned_until_min_tokens.clone()).flatten()
+    /// Whether which tokens are banned depends on the one before.
+    fn needs_known_tokens(&self) -> bool {
+        self.new.grammar.is_some() || self.new.bad_words.iter().any(|word| word.len() > 1)
+    }
+
+    /// What must not be sampled for output token number `n_output`.
+    pub(crate) fn banned(&self) -> Option<Banned> {
+        let is_early = self.n_output() < self.new.params.min_tokens as usize;
+        let until_min_tokens = self.banned_until_min_tokens.as_ref().filter(|_| is_early);
+        let mask = self.new.grammar.as_ref().map(|grammar| Arc::new(grammar.mask()));
+        if self.new.bad_words.is_empty() {
+            let ids = until_min_tokens.cloned();
+            return (ids.is_some() || mask.is_some()).then(|| Banned { ids: ids.unwrap_or_default(), mask });
+        }
+        let output = &self.tokens[self.new.prompt.len()..];
+        let ends = self.new.bad_words.iter().filter_map(|word| {
+            let (last, before) = word.split_last()?;
+            output.ends_with(before).then_some(*last)
+        });
+        Some(Banned {
+            ids: until_min_tokens.into_iter().flat_map(|ids| ids.iter().copied()).chain(ends).collect(),
+            mask,
+        })
     }
 
     /// Appends a sampled token and says whether it was the last.
     pub(crate) fn push(&mut self, token: u32) -> Option<SequenceEnd> {
         self.tokens.push(token);
         self.n_in_flight = self.n_in_flight.saturating_sub(1);
+        let is_complete = match self.new.grammar.as_ref().map(|grammar| grammar.push(token)) {
+            None => false,
+            Some(Ok(is_complete)) => is_complete,
+            Some(Err(message)) => {
+                self.grammar_error = Some(message);
+                return Some(SequenceEnd { reason: FinishReason::Abort, stop_token: None, shows_token: false });
+            }
+        };
         let params = &self.new.params;
         let n_output = self.tokens.len() - self.new.prompt.len();
+        let is_eos = self.new.eos_token_ids.contains(&token);
+        if is_complete {
+            // Nothing can follow, whatever `ignore_eos` and `min_tokens` say.
+            return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: None, shows_token: !is_eos });
+        }
         if n_output >= params.min_tokens as usize {
             if !params.ignore_eos
                 && let Some(i) = self.new.eos_token_ids.iter().position(|&id| id == token)
             {
-                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: (i > 0).then_some(token) });
+                return Some(SequenceEnd {
+                    reason: FinishReason::Stop,
+                    stop_token: (i > 0).then_some(token),
+                    shows_token: false,
+                });
             }
             if params.stop_token_ids.contains(&token) {
-                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token) });
+                return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token), shows_token: false });
             }
         }
-        (self.tokens.len() >= self.len_limit())
-            .then_some(SequenceEnd { reason: FinishReason::Length, stop_token: None })
+        (self.tokens.len() >= self.len_limit()).then_some(SequenceEnd {
+            reason: FinishReason::Length,
+            stop_token: None,
+            shows_token: true,
+        })
     }
 }

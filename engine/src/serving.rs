@@ -5,9 +5,10 @@
 //! the emission of step N's tokens happen while the device works.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, mpsc},
+    time::Instant,
 };
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -21,6 +22,9 @@ use crate::{
     sequence::{NewSequence, SeqId},
 };
 
+/// Step sizes kept for whoever asks.
+const MAX_STEP_SIZES: usize = 1 << 16;
+
 /// One sequence on its way to the loop.
 pub(crate) struct Arrival {
     pub(crate) sequence: NewSequence,
@@ -28,21 +32,37 @@ pub(crate) struct Arrival {
     pub(crate) index: usize,
     pub(crate) events: UnboundedSender<TokenEvent>,
     pub(crate) cancel: CancelFlag,
+    pub(crate) arrived: Instant,
 }
 
 /// What the loop shows to other threads.
 pub(crate) struct Shared {
     stats: Mutex<EngineStats>,
+    /// Tokens of each step that nobody asked for yet, the latest [`MAX_STEP_SIZES`].
+    step_sizes: Mutex<VecDeque<u32>>,
     failure: Mutex<Option<Error>>,
 }
 
 impl Shared {
     pub(crate) fn new() -> Self {
-        Self { stats: Mutex::new(EngineStats::default()), failure: Mutex::new(None) }
+        Self { stats: Mutex::default(), step_sizes: Mutex::default(), failure: Mutex::default() }
     }
 
     pub(crate) fn stats(&self) -> EngineStats {
         *lock(&self.stats)
+    }
+
+    /// Tokens of each step since the last call.
+    pub(crate) fn take_step_sizes(&self) -> Vec<u32> {
+        lock(&self.step_sizes).drain(..).collect()
+    }
+
+    fn push_step_size(&self, n_tokens: usize) {
+        let mut sizes = lock(&self.step_sizes);
+        if sizes.len() == MAX_STEP_SIZES {
+            sizes.pop_front();
+        }
+        sizes.push_back(n_tokens as u32);
     }
 
     /// Why the loop ended, if it failed.
@@ -56,6 +76,9 @@ struct Caller {
     index: usize,
     events: UnboundedSender<TokenEvent>,
     cancel: CancelFlag,
+    arrived: Instant,
+    /// When it first came into the batch.
+    started: Option<Instant>,
 }
 
 impl Caller {
@@ -135,6 +158,13 @@ impl Serving {
             while self.scheduler.n_in_flight() < self.max_in_flight
                 && let Some(step) = self.scheduler.plan()
             {
+                let now = Instant::now();
+                for id in self.scheduler.take_admitted() {
+                    if let Some(caller) = self.callers.get_mut(&id) {
+                        caller.started = Some(now);
+                    }
+                }
+                self.shared.push_step_size(step.n_tokens());
                 self.executor.launch(step)?;
             }
             if self.scheduler.n_in_flight() > 0 {
@@ -147,9 +177,9 @@ impl Serving {
     }
 
     fn admit(&mut self, arrival: Arrival) {
-        let Arrival { sequence, index, events, cancel } = arrival;
+        let Arrival { sequence, index, events, cancel, arrived } = arrival;
         let id = self.scheduler.add(sequence);
-        self.callers.insert(id, Caller { index, events, cancel });
+        self.callers.insert(id, Caller { index, events, cancel, arrived, started: None });
     }
 
     fn drop_cancelled(&mut self) {
@@ -161,16 +191,28 @@ impl Serving {
     }
 
     fn emit(&mut self, progress: Vec<Progress>) {
-        for Progress { id, prompt, token_id, logprobs, end } in progress {
+        for Progress { id, prompt, token_id, logprobs, end, grammar_error } in progress {
             let Some(caller) = self.callers.get(&id) else {
                 continue;
             };
             // A closed channel is noticed in the next turn.
             if let Some(prompt) = prompt {
-                let event = TokenEvent::Prompt { n_cached: prompt.n_cached, logprobs: prompt.logprobs };
+                let started = caller.started.unwrap_or(caller.arrived);
+                let event = TokenEvent::Prompt {
+                    n_cached: prompt.n_cached,
+                    logprobs: prompt.logprobs,
+                    queue_time: started - caller.arrived,
+                    prefill_time: started.elapsed(),
+                };
                 let _ = caller.events.send(event);
             }
-            let _ = caller.events.send(TokenEvent::Token { index: caller.index, token_id, logprobs, end });
+            let _ = caller.events.send(match grammar_error {
+                None => TokenEvent::Token { index: caller.index, token_id, logprobs, end },
+                Some(message) => TokenEvent::Failed(Error::invalid(
+                    "structured_outputs",
+                    format!("The output's form is too complex: {message}"),
+                )),
+            });
             if end.is_some() {
                 self.callers.remove(&id);
             }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::request::{SamplingParams, TokenLogprobs};
+use crate::{
+    grammar::TokenMask,
+    request::{SamplingParams, TokenLogprobs},
+};
 
 /// Tokens per KV page, on every executor.
 pub const PAGE_SIZE: usize = 16;
@@ -65,10 +68,26 @@ pub struct SampleRow {
     pub seed: u64,
     /// Counter of the random numbers: index of the token to sample in the output.
     pub n_output: u32,
-    /// Token ids that must not be sampled now (end-of-sequence ids while below `min_tokens`).
-    pub banned: Option<Arc<[u32]>>,
+    /// Tokens that must not be sampled now; `None` if all may.
+    pub banned: Option<Banned>,
     /// Tokens so far, for penalties; `None` if the request has none.
     pub history: Option<TokenHistory>,
+}
+
+/// Tokens that must not be sampled.
+#[derive(Debug, Clone, Default)]
+pub struct Banned {
+    /// These: end-of-sequence ids while below `min_tokens`, and ends of bad words.
+    pub ids: Arc<[u32]>,
+    /// And all that a grammar does not allow. It outranks `ids` if the two leave nothing.
+    pub mask: Option<Arc<TokenMask>>,
+}
+
+impl Banned {
+    /// These ids.
+    pub fn of(ids: impl Into<Arc<[u32]>>) -> Self {
+        Self { ids: ids.into(), mask: None }
+    }
 }
 
 /// Tokens that penalties look at.

@@ -73,6 +73,16 @@ impl ApiError {
         Self { message: message.into(), ..Self::http(status) }
     }
 
+    /// A request that took longer than the server lets it.
+    pub fn timed_out() -> Self {
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            kind: "ServiceUnavailableError",
+            message: "The request took longer than this server allows (--request-timeout).".into(),
+            param: None,
+        }
+    }
+
     /// A failure of the server, not of the request.
     pub fn internal(message: impl Into<String>) -> Self {
         Self {
@@ -81,6 +91,15 @@ impl ApiError {
             message: message.into(),
             param: None,
         }
+    }
+
+    /// The same about `to` if it is about `from`: what the engine calls a field is not always what the client did.
+    #[must_use]
+    pub fn rename(mut self, from: &str, to: &'static str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.into());
+        }
+        self
     }
 
     /// Ends the message with the value that `body` has for the field at fault, as vLLM does.

@@ -63,6 +63,7 @@ impl App {
 
     /// Folds what was recorded since the last call into the histograms; call it every few seconds.
     pub fn run_metrics_upkeep(&self) {
+        self.metrics.steps(&self.backend.take_step_sizes());
         self.metrics.run_upkeep();
     }
 
@@ -73,6 +74,7 @@ impl App {
     {
         let app = self.clone();
         ServiceBuilder::new()
+            .option_layer(self.config.cors.clone())
             .map_response(|response: Response<_>| response.map(|body| Body::new(BodyExt::map_err(body, Into::into))))
             .layer(TraceLayer::new_for_http().make_span_with(request_span::<B>).on_failure(()))
             .layer(CatchPanicLayer::custom(panic_response))
@@ -99,6 +101,14 @@ impl App {
         asked.max(self.config.stream_interval)
     }
 
+    /// The path without the prefix that a proxy may have left on it.
+    fn own_path<'a>(&self, path: &'a str) -> &'a str {
+        match path.strip_prefix(&*self.config.root_path) {
+            Some(rest) if rest.starts_with('/') => rest,
+            _ => path,
+        }
+    }
+
     /// Seconds since the Unix epoch.
     pub(crate) fn now(&self) -> u64 {
         std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs())
@@ -112,10 +122,11 @@ impl App {
         let (parts, body) = request.into_parts();
         let method = parts.method.clone();
         let request_id = parts.headers.get(request_id::HEADER).cloned();
-        if !auth::is_authorized(&self.config.api_keys, &method, parts.uri.path(), &parts.headers) {
+        let path = self.own_path(parts.uri.path()).to_owned();
+        if !auth::is_authorized(&self.config.api_keys, &method, &path, &parts.headers) {
             return auth::unauthorized();
         }
-        let route = match routes::find(&method, parts.uri.path()) {
+        let route = match routes::find(&method, &path) {
             Ok(route) => route,
             Err(allow) => return not_routed(allow),
         };

@@ -15,6 +15,7 @@ pub trait Backend: Send + Sync + 'static {
     fn submit(&self, request: GenerateRequest) -> Result<EventStream, Error>;
     fn info(&self) -> &EngineInfo;
     fn stats(&self) -> EngineStats;
+    fn take_step_sizes(&self) -> Vec<u32>;
     fn is_healthy(&self) -> bool;
     fn default_sampling_params(&self) -> &SamplingParams;
     /// Plain text to token ids, with the tokenizer's own special tokens (BOS) if wanted.
@@ -41,6 +42,10 @@ impl Backend for Engine {
 
     fn stats(&self) -> EngineStats {
         Engine::stats(self)
+    }
+
+    fn take_step_sizes(&self) -> Vec<u32> {
+        Engine::take_step_sizes(self)
     }
 
     fn is_healthy(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use clap::Parser;
 
-use crate::commands::Command;
+use crate::{commands::Command, config_file};
 
 /// Serves large language models.
 #[derive(Debug, Parser)]
@@ -16,15 +16,16 @@ pub struct Cli {
 impl Cli {
     /// The process's command line. Prints help or a usage error and exits if there is nothing to run.
     pub fn from_env() -> Self {
-        Self::parse_from(std::env::args().map(hyphenated))
+        Self::try_from_args(std::env::args()).unwrap_or_else(|error| error.exit())
     }
 
-    /// Like [`Cli::from_env`] for tests.
+    /// The command line `args`, with the options of a `--config` file.
     ///
     /// # Errors
-    /// The usage error.
+    /// The usage error, or help.
     pub fn try_from_args<S: Into<String>>(args: impl IntoIterator<Item = S>) -> Result<Self, clap::Error> {
-        Self::try_parse_from(args.into_iter().map(|arg| hyphenated(arg.into())))
+        let args = config_file::expand(args.into_iter().map(|arg| hyphenated(arg.into())).collect());
+        Self::try_parse_from(args.map_err(|message| clap::Error::raw(clap::error::ErrorKind::Io, message + "\n"))?)
     }
 }
 

@@ -3,6 +3,9 @@
 use std::{path::PathBuf, time::Duration};
 
 use ember_engine::EngineConfig;
+use tower_http::cors::CorsLayer;
+
+use crate::output::{ReasoningFormat, ToolFormat};
 
 /// Everything that `ember serve` needs.
 #[derive(Debug, Clone)]
@@ -13,12 +16,23 @@ pub struct ServeConfig {
     pub engine: EngineConfig,
     /// Options of the endpoints.
     pub app: AppConfig,
-    /// Address to listen on.
-    pub host: String,
-    /// Port to listen on; 0 takes a free one.
-    pub port: u16,
+    /// Where to listen.
+    pub listen: Listen,
+    /// Files of the certificate chain and its key; `None` speaks plain HTTP.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// How long a client may leave sent data lying before it is cut.
+    pub write_timeout: Duration,
     /// How long requests in flight may take after SIGTERM.
     pub shutdown_timeout: Duration,
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// On a host's port; 0 takes a free one.
+    Tcp(String, u16),
+    /// On a Unix socket.
+    Unix(PathBuf),
 }
 
 /// Options of the endpoints.
@@ -28,6 +42,14 @@ pub struct AppConfig {
     pub served_model_names: Vec<String>,
     /// Keys that requests may use; empty leaves the server open.
     pub api_keys: Vec<String>,
+    /// Path prefix of a proxy, without a slash at its end; requests may have it or not.
+    pub root_path: String,
+    /// What browsers are told; `None` allows no other origin.
+    pub cors: Option<CorsLayer>,
+    /// How long a request may take in all; `None` is no limit.
+    pub request_timeout: Option<Duration>,
+    /// How long a stream may be silent before a comment is sent; `None` never sends one.
+    pub sse_keep_alive_interval: Option<Duration>,
     /// Sequences that may wait beside a full batch; `None` is no limit.
     pub max_num_queued_reqs: Option<usize>,
     /// Put `prompt_tokens_details` into usage.
@@ -38,6 +60,12 @@ pub struct AppConfig {
     pub enable_request_id_headers: bool,
     /// Tokens per stream chunk.
     pub stream_interval: usize,
+    /// Let the model call tools where a request offers some and says no more.
+    pub enable_auto_tool_choice: bool,
+    /// How the model writes tool calls; `None` refuses them.
+    pub tool_call_parser: Option<&'static ToolFormat>,
+    /// How the model marks reasoning; `None` leaves it in the content.
+    pub reasoning_parser: Option<&'static ReasoningFormat>,
     /// For the metrics: as given to the engine.
     pub gpu_memory_utilization: f32,
     /// For the metrics: as given to the engine.
@@ -49,11 +77,18 @@ impl Default for AppConfig {
         Self {
             served_model_names: vec!["default".into()],
             api_keys: Vec::new(),
+            root_path: String::new(),
+            cors: None,
+            request_timeout: None,
+            sse_keep_alive_interval: None,
             max_num_queued_reqs: None,
             enable_prompt_tokens_details: false,
             enable_force_include_usage: false,
             enable_request_id_headers: false,
             stream_interval: 1,
+            enable_auto_tool_choice: false,
+            tool_call_parser: None,
+            reasoning_parser: None,
             gpu_memory_utilization: 0.9,
             enable_prefix_caching: true,
         }

@@ -25,6 +25,14 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The Unix socket cannot be made.
+    #[error("--uds: cannot listen on {}: {source}{}", path.display(), bind_unix_remedy(.source))]
+    BindUnix {
+        /// The socket's file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// A file cannot be read.
     #[error("{}: {source}", path.display())]
     File {
@@ -45,6 +53,13 @@ impl Error {
     /// An [`Error::Config`] about `flag`.
     pub fn config(flag: &'static str, message: impl Into<String>) -> Self {
         Self::Config { flag, message: message.into() }
+    }
+}
+
+fn bind_unix_remedy(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrInUse => ". Another server, or a file that is no socket, is there",
+        _ => "",
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    future::Future,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -15,7 +16,9 @@ use futures_util::{
     stream::{BoxStream, SelectAll},
 };
 
-use crate::{ApiError, Permit, app::App, tracker::Tracker};
+use tokio::time::Sleep;
+
+use crate::{ApiError, EventStream, Permit, app::App, tracker::Tracker};
 
 /// Most choices of one request, over all its prompts.
 const MAX_SEQUENCES: usize = 16_384;
@@ -40,6 +43,8 @@ pub struct Choices {
     n: usize,
     n_prompts: usize,
     tracker: Tracker,
+    /// When it has taken too long.
+    deadline: Option<Pin<Box<Sleep>>>,
     _permit: Permit,
 }
 
@@ -48,7 +53,7 @@ impl Choices {
     ///
     /// # Errors
     /// Status 503 when the queue is full, else what the engine says.
-    pub fn start(app: &Arc<App>, id: String, requests: Vec<GenerateRequest>) -> Result<Self, ApiError> {
+    pub async fn start(app: &Arc<App>, id: String, requests: Vec<GenerateRequest>) -> Result<Self, ApiError> {
         let params = requests.first().map(|request| &request.params);
         let n = params.map_or(1, |params| params.n as usize).max(1);
         let max_tokens = params.and_then(|params| params.max_tokens);
@@ -59,17 +64,24 @@ impl Choices {
                 format!("A request can have at most {MAX_SEQUENCES} choices in all, got {n_prompts} prompts of {n}."),
             ));
         }
-        let permit = app.admission.admit(n_prompts * n)?;
+        let permit =
+            app.admission.admit(n_prompts * n).inspect_err(|_| app.metrics.admission_rejections.increment(1))?;
         let mut streams = Vec::with_capacity(n_prompts);
-        for (idx, request) in requests.into_iter().enumerate() {
-            streams.push(app.backend.submit(request)?.map(move |event| (idx, event)).boxed());
+        for (idx, submitted) in submit(app, requests).await?.into_iter().enumerate() {
+            streams.push(submitted.map(move |event| (idx, event)).boxed());
         }
         let tracker = Tracker::start(app.clone(), id, n_prompts, n, max_tokens);
         let events = match streams.pop() {
             Some(only) if streams.is_empty() => Either::Left(only),
             last => Either::Right(streams.into_iter().chain(last).collect()),
         };
-        Ok(Self { events, ahead: VecDeque::new(), n, n_prompts, tracker, _permit: permit })
+        let deadline = app.config.request_timeout.map(|limit| Box::pin(tokio::time::sleep(limit)));
+        Ok(Self { events, ahead: VecDeque::new(), n, n_prompts, tracker, deadline, _permit: permit })
+    }
+
+    /// The server's shared state.
+    pub fn app(&self) -> &App {
+        self.tracker.app()
     }
 
     /// Choices in all.
@@ -96,11 +108,11 @@ impl Choices {
         Ok(())
     }
 
-    /// Runs to the end.
+    /// Runs to the end; `each` sees every piece of output as it comes.
     ///
     /// # Errors
     /// What the engine says.
-    pub async fn collect(mut self) -> Result<Finished, ApiError> {
+    pub async fn collect(mut self, mut each: impl FnMut(&Delta)) -> Result<Finished, ApiError> {
         let mut finished = Finished {
             prompts: (0..self.n_prompts).map(|_| None).collect(),
             choices: (0..self.n_choices()).map(|index| Delta { index, ..Delta::default() }).collect(),
@@ -108,14 +120,23 @@ impl Choices {
         while let Some(event) = self.next().await {
             match event? {
                 ChoiceEvent::Prompt(idx, prompt) => finished.prompts[idx] = Some(prompt),
-                ChoiceEvent::Delta(delta) => append(&mut finished.choices[delta.index], delta),
+                ChoiceEvent::Delta(delta) => {
+                    each(&delta);
+                    append(&mut finished.choices[delta.index], delta);
+                }
             }
         }
         Ok(finished)
     }
 
     fn poll_engine(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<ChoiceEvent, ApiError>>> {
-        let Some((prompt_idx, event)) = ready!(self.events.poll_next_unpin(cx)) else {
+        let Poll::Ready(next) = self.events.poll_next_unpin(cx) else {
+            ready!(self.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.as_mut().poll(cx)));
+            self.deadline = None;
+            self.tracker.fail();
+            return Poll::Ready(Some(Err(ApiError::timed_out())));
+        };
+        let Some((prompt_idx, event)) = next else {
             return Poll::Ready(None);
         };
         Poll::Ready(Some(match event {
@@ -146,6 +167,19 @@ impl Stream for Choices {
             None => self.poll_engine(cx),
         }
     }
+}
+
+async fn submit(app: &Arc<App>, requests: Vec<GenerateRequest>) -> Result<Vec<EventStream>, ApiError> {
+    let submit = |app: &App, requests: Vec<GenerateRequest>| {
+        requests.into_iter().map(|request| app.backend.submit(request)).collect::<Result<Vec<_>, _>>()
+    };
+    if requests.iter().all(|request| request.params.structured_outputs.is_none()) {
+        return Ok(submit(app, requests)?);
+    }
+    // Grammars are compiled on a thread of their own: it can take long.
+    let app = app.clone();
+    let submitted = tokio::task::spawn_blocking(move || submit(&app, requests)).await;
+    Ok(submitted.map_err(|error| ApiError::internal(format!("compiling a grammar failed: {error}")))??)
 }
 
 /// A request at its end.

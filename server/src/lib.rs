@@ -7,12 +7,14 @@
 //! - [`Backend`] is what an endpoint sees of the engine.
 //! - [`generation::Choices`] is a request in flight: it owns the engine's streams and the admission
 //!   permit, so dropping it (a client that hangs up drops the response body) cancels the request.
+//! - [`output`] finds reasoning and tool calls in a chat model's text.
 //! - [`stream`] writes server-sent events.
 //! - [`listener`] accepts connections and drains them at the end.
 
 #![warn(missing_docs)]
 
 mod admission;
+mod answer;
 mod api_error;
 mod app;
 mod auth;
@@ -20,18 +22,26 @@ mod backend;
 pub mod cli;
 pub mod commands;
 pub mod config;
+mod config_file;
+pub mod cors;
 mod error;
 pub mod generation;
 mod json;
 pub mod listener;
 mod logprobs;
 pub mod metrics;
+pub mod output;
+mod priority;
 mod prompt;
 mod request_id;
 pub mod routes;
 mod sampling;
 pub mod stream;
+mod structured;
+pub mod tls;
+mod tools;
 mod tracker;
+mod write_timeout;
 
 pub use admission::{Admission, Permit};
 pub use api_error::ApiError;

@@ -23,6 +23,8 @@ const REQUEST_LATENCY_BUCKETS: &[f64] = &[
     1920.0, 7680.0,
 ];
 const N_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+const ITERATION_BUCKETS: &[f64] =
+    &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 const HTTP_BUCKETS: &[f64] = &[0.1, 0.5, 1.0];
 const FINISH_REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
@@ -39,6 +41,12 @@ pub struct Metrics {
     pub(crate) time_per_output_token: Histogram,
     pub(crate) e2e_latency: Histogram,
     pub(crate) decode_time: Histogram,
+    pub(crate) queue_time: Histogram,
+    pub(crate) prefill_time: Histogram,
+    pub(crate) inference_time: Histogram,
+    pub(crate) computed_prompt_tokens: Histogram,
+    iteration_tokens: Histogram,
+    pub(crate) admission_rejections: Counter,
     pub(crate) request_prompt_tokens: Histogram,
     pub(crate) request_generation_tokens: Histogram,
     pub(crate) max_generation_tokens: Histogram,
@@ -50,6 +58,7 @@ pub struct Metrics {
 struct EngineMetrics {
     n_running: Gauge,
     n_waiting: Gauge,
+    n_waiting_for_capacity: Gauge,
     kv_cache_usage: Gauge,
     prefix_queries: Counter,
     prefix_hits: Counter,
@@ -91,6 +100,15 @@ impl EngineMetrics {
         Self {
             n_running: r.gauge("vllm:num_requests_running", "Number of requests in model execution batches."),
             n_waiting: r.gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed."),
+            n_waiting_for_capacity: {
+                let name = "vllm:num_requests_waiting_by_reason";
+                let help =
+                    SharedString::const_str("Number of requests waiting to be processed, by what they wait for.");
+                r.recorder.describe_gauge(name.into(), None, help);
+                // Nothing here ever waits for anything else.
+                r.recorder.register_gauge(&r.key(name, &[Label::new("reason", "deferred")]), &METADATA).set(0.0);
+                r.recorder.register_gauge(&r.key(name, &[Label::new("reason", "capacity")]), &METADATA)
+            },
             kv_cache_usage: r.gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage."),
             prefix_queries: r.counter("vllm:prefix_cache_queries_total", "Prefix cache queries, in tokens."),
             prefix_hits: r.counter("vllm:prefix_cache_hits_total", "Prefix cache hits, in tokens."),
@@ -104,6 +122,7 @@ impl EngineMetrics {
     fn set(&self, stats: &EngineStats) {
         self.n_running.set(stats.n_running as f64);
         self.n_waiting.set(stats.n_waiting as f64);
+        self.n_waiting_for_capacity.set(stats.n_waiting as f64);
         self.kv_cache_usage.set(stats.n_pages_in_use as f64 / stats.n_pages.max(1) as f64);
         self.prefix_queries.absolute(stats.n_prefix_queries);
         self.prefix_hits.absolute(stats.n_prefix_hits);
@@ -141,6 +160,26 @@ impl Metrics {
             ),
             e2e_latency: r.histogram("vllm:e2e_request_latency_seconds", "End-to-end request latency in seconds."),
             decode_time: r.histogram("vllm:request_decode_time_seconds", "Time from first to last token in seconds."),
+            queue_time: r.histogram("vllm:request_queue_time_seconds", "Time in the waiting queue in seconds."),
+            prefill_time: r.histogram(
+                "vllm:request_prefill_time_seconds",
+                "Time from a request's first step to its first token in seconds.",
+            ),
+            inference_time: r.histogram(
+                "vllm:request_inference_time_seconds",
+                "Time from a request's first step to its last token in seconds.",
+            ),
+            computed_prompt_tokens: r.histogram(
+                "vllm:request_prefill_kv_computed_tokens",
+                "Number of prompt tokens that were computed, those from the prefix cache excluded.",
+            ),
+            iteration_tokens: r.histogram("vllm:iteration_tokens_total", "Number of tokens of each engine step."),
+            admission_rejections: {
+                let name = "vllm:admission_rejections_total";
+                let help = SharedString::const_str("Requests that were refused because the queue was full.");
+                recorder.describe_counter(name.into(), None, help);
+                recorder.register_counter(&r.key(name, &[Label::new("reason", "max_num_queued_reqs")]), &METADATA)
+            },
             request_prompt_tokens: r.histogram("vllm:request_prompt_tokens", "Number of prefill tokens processed."),
             request_generation_tokens: r
                 .histogram("vllm:request_generation_tokens", "Number of generation tokens processed."),
@@ -153,6 +192,11 @@ impl Metrics {
             handle: recorder.handle(),
             recorder,
         }
+    }
+
+    /// Counts steps of these numbers of tokens.
+    pub fn steps(&self, n_tokens: &[u32]) {
+        n_tokens.iter().for_each(|&n| self.iteration_tokens.record(f64::from(n)));
     }
 
     /// The Prometheus text, with the engine's state now.
@@ -191,12 +235,17 @@ impl Metrics {
 
 fn recorder(max_model_len: usize) -> PrometheusRecorder {
     let token_buckets = token_buckets(max_model_len);
-    let buckets: [(&str, &[f64]); 11] = [
+    let buckets: [(&str, &[f64]); 16] = [
         ("vllm:time_to_first_token_seconds", TTFT_BUCKETS),
         ("vllm:inter_token_latency_seconds", TOKEN_LATENCY_BUCKETS),
         ("vllm:request_time_per_output_token_seconds", TOKEN_LATENCY_BUCKETS),
         ("vllm:e2e_request_latency_seconds", REQUEST_LATENCY_BUCKETS),
         ("vllm:request_decode_time_seconds", REQUEST_LATENCY_BUCKETS),
+        ("vllm:request_queue_time_seconds", REQUEST_LATENCY_BUCKETS),
+        ("vllm:request_prefill_time_seconds", REQUEST_LATENCY_BUCKETS),
+        ("vllm:request_inference_time_seconds", REQUEST_LATENCY_BUCKETS),
+        ("vllm:request_prefill_kv_computed_tokens", &token_buckets),
+        ("vllm:iteration_tokens_total", ITERATION_BUCKETS),
         ("vllm:request_prompt_tokens", &token_buckets),
         ("vllm:request_generation_tokens", &token_buckets),
         ("vllm:request_max_num_generation_tokens", &token_buckets),

@@ -159,7 +159,7 @@ impl Chat {
 }
 
 /// Checks one message and brings it to the form that templates expect: text parts joined to one
-/// string, tool-call arguments as objects, `reasoning` under its current name.
+/// string, no content as an empty one, tool-call arguments as objects, `reasoning` under its current name.
 fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
     let at = |field: &str| format!("messages.{idx}{field}");
     let Value::Object(message) = message else {
@@ -176,7 +176,10 @@ fn normalize(idx: usize, message: &mut Value) -> Result<(), ApiError> {
     match message.get_mut("content") {
         Some(content @ Value::Array(_)) => *content = Value::String(joined_text(idx, content)?),
         Some(Value::String(_)) => {}
-        None | Some(Value::Null) if role == "assistant" => {}
+        // Beside tool calls; templates join contents as texts.
+        None | Some(Value::Null) if role == "assistant" => {
+            message.insert("content".into(), Value::String(String::new()));
+        }
         None | Some(Value::Null) => {
             return Err(ApiError::schema(&at(".content"), "missing field `content`"));
         }
@@ -247,7 +250,9 @@ mod tests {
         );
         check(
             json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\":1}"}}]}),
-            Ok(json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]})),
+            Ok(json!({
+                "role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]
+            })),
         );
         check(
             json!({"role": "assistant", "content": "x", "reasoning_content": "r"}),

@@ -3,7 +3,7 @@
 use ember_common::openai::{OneOrMany, SamplingFields};
 use ember_engine::SamplingParams;
 
-use crate::ApiError;
+use crate::{ApiError, structured};
 
 /// Most stop strings of a request.
 const MAX_STOP_STRINGS: usize = 4;
@@ -69,6 +69,8 @@ pub fn params(
             .as_deref()
             .map(|ids| token_ids("allowed_token_ids", ids))
             .transpose()?,
+        bad_words: fields.bad_words.clone().unwrap_or_default(),
+        structured_outputs: structured::resolve(fields)?,
         seed: fields.seed.filter(|&seed| seed != -1).map(|seed| seed as u64),
         stop,
         stop_token_ids,
@@ -96,17 +98,10 @@ fn in_range_top_p(params: &SamplingParams) -> Result<f32, ApiError> {
 }
 
 fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
-    if fields.response_format.as_ref().is_some_and(|format| format.kind != "text") {
-        return Err(ApiError::unsupported("response_format"));
-    }
     if fields.use_beam_search == Some(true) {
         return Err(ApiError::unsupported("use_beam_search"));
     }
-    if fields.bad_words.as_ref().is_some_and(|words| words.as_array().is_none_or(|words| !words.is_empty())) {
-        return Err(ApiError::unsupported("bad_words"));
-    }
     for (field, value) in [
-        ("structured_outputs", &fields.structured_outputs),
         ("logprob_token_ids", &fields.logprob_token_ids),
         ("repetition_detection", &fields.repetition_detection),
         ("thinking_token_budget", &fields.thinking_token_budget),

@@ -1,6 +1,9 @@
 //! [`Tracker`]: times one request and records its metrics and log line where it ends.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ember_common::FinishReason;
 use ember_engine::{Delta, PromptEvent};
@@ -17,6 +20,8 @@ pub struct Tracker {
     n: usize,
     /// Prompt tokens by prompt; 0 until the prompt has been processed.
     prompt_lens: Vec<usize>,
+    /// By prompt.
+    queue_times: Vec<Duration>,
     /// By choice index.
     sequences: Vec<SequenceTimes>,
     failed: bool,
@@ -40,14 +45,25 @@ impl Tracker {
             max_tokens,
             n,
             prompt_lens: vec![0; n_prompts],
+            queue_times: vec![Duration::ZERO; n_prompts],
             sequences: vec![SequenceTimes::default(); n_prompts * n],
             failed: false,
         }
     }
 
+    /// The server's shared state.
+    pub fn app(&self) -> &App {
+        &self.app
+    }
+
     /// A prompt has been processed.
     pub fn prompt(&mut self, prompt_idx: usize, prompt: &PromptEvent) {
         self.prompt_lens[prompt_idx] = prompt.token_ids.len();
+        self.queue_times[prompt_idx] = prompt.queue_time;
+        let metrics = &self.app.metrics;
+        metrics.queue_time.record(prompt.queue_time);
+        metrics.prefill_time.record(prompt.prefill_time);
+        metrics.computed_prompt_tokens.record((prompt.token_ids.len() - prompt.n_cached) as f64);
     }
 
     /// Output came for choice `choice_idx`.
@@ -89,7 +105,9 @@ impl Drop for Tracker {
             if sequence.finish.is_none() {
                 continue;
             }
-            metrics.e2e_latency.record(sequence.last_token.unwrap_or(now) - self.started);
+            let latency = sequence.last_token.unwrap_or(now) - self.started;
+            metrics.e2e_latency.record(latency);
+            metrics.inference_time.record(latency.saturating_sub(self.queue_times[idx / self.n]));
             metrics.request_prompt_tokens.record(self.prompt_lens[idx / self.n] as f64);
             metrics.request_generation_tokens.record(sequence.n_tokens as f64);
             if let Some(max_tokens) = self.max_tokens {

@@ -1,12 +1,10 @@
 //! Owns the longalpaca dataset: `LongAlpaca-12k.json`, long English documents with a question.
 
-use std::path::PathBuf;
-
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{Dataset, Prompt};
-use crate::{Result, synthetic};
+use crate::synthetic;
 
 /// `--dataset longalpaca`.
 pub struct LongAlpaca;
@@ -25,8 +23,8 @@ impl Dataset for LongAlpaca {
         "one JSON array of objects with a string \"instruction\""
     }
 
-    fn synthesise(&self, n_rows: usize, seed: u64) -> Option<Result<PathBuf>> {
-        Some(synthetic::cached_file(&synthetic::LONGALPACA, n_rows, seed))
+    fn synthetic(&self) -> Option<&'static synthetic::Kind> {
+        Some(&synthetic::LONGALPACA)
     }
 
     fn parse(&self, text: &str) -> Result<Vec<Prompt>, (usize, String)> {

@@ -7,12 +7,13 @@ mod openqa;
 mod random;
 
 use std::borrow::Cow;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result};
+use crate::{Error, Result, synthetic};
 
 /// Every dataset that `--dataset` knows, by name.
 pub const TABLE: &[&dyn Dataset] =
@@ -31,9 +32,8 @@ pub trait Dataset: Sync + Send {
         false
     }
 
-    /// Writes a file of this format with at least `n_rows` rows and returns its path; None if there is no generator.
-    fn synthesise(&self, n_rows: usize, seed: u64) -> Option<Result<PathBuf>> {
-        let _ = (n_rows, seed);
+    /// The generator of files of this format; None if there is none.
+    fn synthetic(&self) -> Option<&'static synthetic::Kind> {
         None
     }
 
@@ -110,7 +110,8 @@ pub struct Loaded {
 /// Loads at least `n` prompts where the dataset can make as many; a file gives what it has.
 ///
 /// # Errors
-/// If the file cannot be read, is of the wrong format, or no prompt passes the length filter.
+/// If the file cannot be read, is of the wrong format, or no prompt passes the length filter; for a generator, if too
+/// few do.
 pub fn load(dataset: &dyn Dataset, n: usize, options: &DataOptions) -> Result<Loaded> {
     if let Some(text) = &options.prompt {
         let samples = vec![Sample { prompt: Prompt::Text(text.clone()), output_tokens: None }];
@@ -121,25 +122,48 @@ pub fn load(dataset: &dyn Dataset, n: usize, options: &DataOptions) -> Result<Lo
     }
     if let Some(path) = &options.path {
         let samples = read(dataset, path, options)?;
+        if samples.is_empty() {
+            return Err(Error::NoPrompts {
+                source_name: path.display().to_string(),
+                min: options.min_prompt_length,
+                max: options.max_prompt_length,
+                unit: if options.tokenizer.is_some() { "tokens" } else { "characters (tokens with --tokenizer-path)" },
+            });
+        }
         return Ok(Loaded { samples, path: Some(path.clone()), synthetic: false });
     }
-    let mut n_rows = n;
-    loop {
-        let Some(path) = dataset.synthesise(n_rows, options.seed) else {
-            let message = format!("--dataset {} needs a file of {}", dataset.name(), dataset.format());
-            return Err(Error::flag("--dataset-path", message));
-        };
-        let path = path?;
-        let samples = read(dataset, &path, options);
-        // A narrow length filter leaves few rows: one larger file is tried, then prompts repeat.
-        let enough = samples.as_ref().is_ok_and(|samples| samples.len() >= n);
-        if enough || n_rows > n {
-            return Ok(Loaded { samples: samples?, path: Some(path), synthetic: true });
-        }
-        n_rows = (n * 8).clamp(n + 1, (n + 1).max(4096));
+    let Some(kind) = dataset.synthetic() else {
+        let message = format!("--dataset {} needs a file of {}", dataset.name(), dataset.format());
+        return Err(Error::flag("--dataset-path", message));
+    };
+    let mut path = synthetic::cached_file(kind, n, options.seed)?;
+    let mut samples = read(dataset, &path, options)?;
+    if samples.len() < n {
+        // The limits keep few rows. Prompts that repeat would be answered from a server's prefix cache.
+        let keeps = |text: &str| keeps(&Prompt::Text(text.trim().to_owned()), options);
+        let filter = synthetic::Filter { tag: limits_tag(options)?, keeps: &keeps };
+        path = synthetic::filtered_file(kind, n, options.seed, &filter)?;
+        samples = read(dataset, &path, options)?;
     }
+    Ok(Loaded { samples, path: Some(path), synthetic: true })
 }
 
+/// The length limits, for file names.
+fn limits_tag(options: &DataOptions) -> Result<String> {
+    let unit = match &options.tokenizer {
+        None => "chars".to_owned(),
+        Some(tokenizer) => {
+            let text = tokenizer.to_string(false);
+            let text = text.map_err(|error| Error::flag("--tokenizer-path", error.to_string()))?;
+            let mut hasher = DefaultHasher::new();
+            text.hash(&mut hasher);
+            format!("tokens{:016x}", hasher.finish())
+        }
+    };
+    Ok(format!("{}to{}{unit}", options.min_prompt_length, options.max_prompt_length))
+}
+
+/// The prompts of a file that the length filter keeps.
 fn read(dataset: &dyn Dataset, path: &Path, options: &DataOptions) -> Result<Vec<Sample>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let wrong = |line, message| Error::DatasetFormat {
@@ -159,14 +183,6 @@ fn read(dataset: &dyn Dataset, path: &Path, options: &DataOptions) -> Result<Vec
         if keeps(&prompt, options)? {
             samples.push(Sample { prompt, output_tokens: None });
         }
-    }
-    if samples.is_empty() {
-        return Err(Error::NoPrompts {
-            source_name: path.display().to_string(),
-            min: options.min_prompt_length,
-            max: options.max_prompt_length,
-            unit: if options.tokenizer.is_some() { "tokens" } else { "characters (tokens with --tokenizer-path)" },
-        });
     }
     Ok(samples)
 }

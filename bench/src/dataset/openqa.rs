@@ -1,11 +1,9 @@
 //! Owns the openqa dataset: HC3-Chinese `open_qa.jsonl`, short Chinese questions.
 
-use std::path::PathBuf;
-
 use serde::Deserialize;
 
 use super::{Dataset, Prompt};
-use crate::{Result, synthetic};
+use crate::synthetic;
 
 /// `--dataset openqa`.
 pub struct OpenQa;
@@ -24,8 +22,8 @@ impl Dataset for OpenQa {
         "one JSON object a line with a string \"question\""
     }
 
-    fn synthesise(&self, n_rows: usize, seed: u64) -> Option<Result<PathBuf>> {
-        Some(synthetic::cached_file(&synthetic::OPENQA, n_rows, seed))
+    fn synthetic(&self) -> Option<&'static synthetic::Kind> {
+        Some(&synthetic::OPENQA)
     }
 
     fn parse(&self, text: &str) -> Result<Vec<Prompt>, (usize, String)> {

@@ -12,7 +12,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use rand::{SeedableRng, rngs::StdRng};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::lengths::Lengths;
 use crate::{Error, Result};
@@ -20,20 +20,58 @@ use crate::{Error, Result};
 /// Goes into file names: files of another generator are not taken from the cache.
 const VERSION: u32 = 1;
 
+/// Rows drawn before limits that none has passed are taken for impossible.
+const MIN_DRAWS: usize = 4096;
+/// Rows drawn for each that is wanted before limits that few pass are taken for too narrow.
+const MAX_DRAWS_PER_ROW: usize = 64;
+
 /// A dataset that can be synthesised.
 pub struct Kind {
     name: &'static str,
     extension: &'static str,
     /// Rows of the smallest file.
     min_rows: usize,
-    write: fn(&mut dyn Write, n_rows: usize, seed: u64) -> std::io::Result<()>,
+    /// Draws the prompt of one row.
+    prompt: fn(&mut StdRng) -> String,
+    /// The row of this number around its prompt.
+    row: fn(usize, &str) -> Value,
+    /// Text before the first row, between rows, after the last.
+    frame: [&'static str; 3],
 }
 
 /// HC3-Chinese `open_qa.jsonl`: 3,293 rows.
-pub const OPENQA: Kind = Kind { name: "openqa", extension: "jsonl", min_rows: 3293, write: write_openqa };
+pub const OPENQA: Kind = Kind {
+    name: "openqa",
+    extension: "jsonl",
+    min_rows: 3293,
+    prompt: |rng| {
+        let n_tokens = QUESTION_TOKENS.sample(rng);
+        chinese::question(rng, n_tokens)
+    },
+    row: |id, question| json!({"id": id.to_string(), "question": question, "human_answers": [], "chatgpt_answers": []}),
+    frame: ["", "\n", "\n"],
+};
 
 /// `LongAlpaca-12k.json`, of which as many rows are made as a run needs.
-pub const LONGALPACA: Kind = Kind { name: "longalpaca", extension: "json", min_rows: 64, write: write_longalpaca };
+pub const LONGALPACA: Kind = Kind {
+    name: "longalpaca",
+    extension: "json",
+    min_rows: 64,
+    prompt: |rng| {
+        let n_tokens = INSTRUCTION_TOKENS.sample(rng);
+        english::instruction(rng, n_tokens)
+    },
+    row: |_, instruction| json!({"instruction": instruction, "output": ""}),
+    frame: ["[\n", ",\n", "\n]\n"],
+};
+
+/// Which rows a file is to have.
+pub struct Filter<'a> {
+    /// Says the same in file names: files of another filter are not taken from the cache.
+    pub tag: String,
+    /// Whether a row of this prompt is one of them.
+    pub keeps: &'a dyn Fn(&str) -> Result<bool>,
+}
 
 /// Question length in tokens. No histogram of the real file is published: fitted to its known mean of about 22.
 const QUESTION_TOKENS: Lengths = Lengths::LogNormal { median: 18.0, sigma: 0.6, min: 4, max: 100 };
@@ -52,24 +90,72 @@ pub fn cached_file(kind: &Kind, n_rows: usize, seed: u64) -> Result<PathBuf> {
 }
 
 fn cached_file_in(folder: &Path, kind: &Kind, n_rows: usize, seed: u64) -> Result<PathBuf> {
-    // Few sizes, so that runs share files. Row i is the same in all of them.
-    let n_rows = if n_rows <= kind.min_rows { kind.min_rows } else { n_rows.next_power_of_two() };
-    let name = format!("{}-v{VERSION}-seed{seed}-{n_rows}.{}", kind.name, kind.extension);
-    let path = folder.join(&name);
+    let n_rows = size(kind, n_rows);
+    let path = folder.join(format!("{}-v{VERSION}-seed{seed}-{n_rows}.{}", kind.name, kind.extension));
+    if !path.is_file() {
+        let prompts = (0..n_rows).map(|row| (kind.prompt)(&mut row_rng(seed, row)));
+        write_file(kind, &path, prompts)?;
+    }
+    Ok(path)
+}
+
+/// The same with rows that `filter` keeps alone, drawn until there are enough.
+///
+/// # Errors
+/// As [`cached_file`], what the filter says, and [`Error::FewPrompts`] if it keeps too few of very many rows.
+pub fn filtered_file(kind: &Kind, n_rows: usize, seed: u64, filter: &Filter<'_>) -> Result<PathBuf> {
+    filtered_file_in(&cache_folder()?, kind, n_rows, seed, filter)
+}
+
+fn filtered_file_in(folder: &Path, kind: &Kind, n_rows: usize, seed: u64, filter: &Filter<'_>) -> Result<PathBuf> {
+    let name = format!("{}-v{VERSION}-seed{seed}-{n_rows}-{}.{}", kind.name, filter.tag, kind.extension);
+    let path = folder.join(name);
     if path.is_file() {
         return Ok(path);
     }
+    let mut prompts: Vec<String> = Vec::with_capacity(n_rows);
+    let mut n_drawn = 0;
+    while prompts.len() < n_rows {
+        let n_most = if prompts.is_empty() { MIN_DRAWS } else { (n_rows * MAX_DRAWS_PER_ROW).max(MIN_DRAWS) };
+        if n_drawn >= n_most {
+            return Err(Error::FewPrompts { n_found: prompts.len(), n_drawn, n_wanted: n_rows, dataset: kind.name });
+        }
+        let prompt = (kind.prompt)(&mut row_rng(seed, n_drawn));
+        n_drawn += 1;
+        if (filter.keeps)(&prompt)? {
+            prompts.push(prompt);
+        }
+    }
+    write_file(kind, &path, prompts.into_iter())?;
+    Ok(path)
+}
+
+/// Few sizes, so that runs share files. Row i is the same in all of them.
+fn size(kind: &Kind, n_rows: usize) -> usize {
+    if n_rows <= kind.min_rows { kind.min_rows } else { n_rows.next_power_of_two() }
+}
+
+fn write_file(kind: &Kind, path: &Path, prompts: impl Iterator<Item = String>) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     // Written aside and renamed: a run that is cut off, or one at the same time, leaves no half file.
-    let partial = folder.join(format!("{name}.{}.partial", std::process::id()));
+    let partial = path.with_extension(format!("{}.partial", std::process::id()));
     let written = File::create(&partial).and_then(|file| {
         let mut writer = BufWriter::new(file);
-        (kind.write)(&mut writer, n_rows, seed)?;
+        write_rows(kind, &mut writer, prompts)?;
         writer.flush()?;
-        fs::rename(&partial, &path)
+        fs::rename(&partial, path)
     });
-    written.map_err(Error::io(&partial))?;
-    Ok(path)
+    written.map_err(Error::io(&partial))
+}
+
+fn write_rows(kind: &Kind, out: &mut dyn Write, prompts: impl Iterator<Item = String>) -> std::io::Result<()> {
+    let [before, between, after] = kind.frame;
+    for (row, prompt) in prompts.enumerate() {
+        let row_json = (kind.row)(row, &prompt);
+        write!(out, "{}{row_json}", if row == 0 { before } else { between })?;
+    }
+    out.write_all(after.as_bytes())
 }
 
 fn cache_folder() -> Result<PathBuf> {
@@ -86,28 +172,6 @@ fn cache_folder() -> Result<PathBuf> {
 
 fn row_rng(seed: u64, row: usize) -> StdRng {
     StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(row as u64))
-}
-
-fn write_openqa(out: &mut dyn Write, n_rows: usize, seed: u64) -> std::io::Result<()> {
-    for row in 0..n_rows {
-        let mut rng = row_rng(seed, row);
-        let n_tokens = QUESTION_TOKENS.sample(&mut rng);
-        let question = chinese::question(&mut rng, n_tokens);
-        let row = json!({"id": row.to_string(), "question": question, "human_answers": [], "chatgpt_answers": []});
-        writeln!(out, "{row}")?;
-    }
-    Ok(())
-}
-
-fn write_longalpaca(out: &mut dyn Write, n_rows: usize, seed: u64) -> std::io::Result<()> {
-    for row in 0..n_rows {
-        let mut rng = row_rng(seed, row);
-        let n_tokens = INSTRUCTION_TOKENS.sample(&mut rng);
-        let instruction = english::instruction(&mut rng, n_tokens);
-        let row_json = json!({"instruction": instruction, "output": ""});
-        write!(out, "{}{row_json}", if row == 0 { "[\n" } else { ",\n" })?;
-    }
-    writeln!(out, "\n]")
 }
 
 #[cfg(test)]
@@ -168,11 +232,53 @@ mod tests {
 
     #[test]
     fn rows_do_not_depend_on_the_size_of_the_file() {
-        let (mut small, mut large, mut other) = (Vec::new(), Vec::new(), Vec::new());
-        write_openqa(&mut small, 5, 1).unwrap();
-        write_openqa(&mut large, 50, 1).unwrap();
-        write_openqa(&mut other, 5, 2).unwrap();
-        assert!(large.starts_with(&small));
-        assert_ne!(small, other);
+        let rows = |n_rows: usize, seed: u64| {
+            let mut out = Vec::new();
+            let prompts = (0..n_rows).map(|row| (OPENQA.prompt)(&mut row_rng(seed, row)));
+            write_rows(&OPENQA, &mut out, prompts).unwrap();
+            out
+        };
+        assert!(rows(50, 1).starts_with(&rows(5, 1)));
+        assert_ne!(rows(5, 1), rows(5, 2));
+    }
+
+    #[test]
+    fn a_filter_is_asked_until_it_has_kept_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let n_asked = std::cell::Cell::new(0);
+        let shorter_than = |n_chars: usize| {
+            let n_asked = &n_asked;
+            move |text: &str| {
+                n_asked.set(n_asked.get() + 1);
+                Ok(text.chars().count() < n_chars)
+            }
+        };
+        let file = |tag: &str, keeps: &dyn Fn(&str) -> Result<bool>| {
+            filtered_file_in(folder.path(), &OPENQA, 100, 3, &Filter { tag: tag.into(), keeps })
+        };
+        // About one question in twenty is as short.
+        let path = file("short", &shorter_than(14)).unwrap();
+        let prompts = dataset::find("openqa").unwrap().parse(&fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(prompts.len(), 100);
+        let mut distinct: Vec<_> = prompts.iter().map(|prompt| format!("{prompt:?}")).collect();
+        distinct.sort();
+        distinct.dedup();
+        assert!(distinct.len() > 90, "{} of 100 differ", distinct.len());
+        assert!((400..6400).contains(&n_asked.get()), "{} drawn", n_asked.get());
+        // From the cache the second time.
+        n_asked.set(0);
+        assert_eq!(file("short", &shorter_than(14)).unwrap(), path);
+        assert_eq!(n_asked.get(), 0);
+        let error = file("none", &shorter_than(1)).unwrap_err().to_string();
+        assert_eq!(n_asked.get(), MIN_DRAWS);
+        assert!(error.contains("none of 4096 synthetic rows") && error.contains("--max-prompt-length"), "{error}");
+        let one_in_a_thousand = |_: &str| {
+            n_asked.set(n_asked.get() + 1);
+            Ok(n_asked.get().is_multiple_of(1000))
+        };
+        n_asked.set(0);
+        let error = file("few", &one_in_a_thousand).unwrap_err().to_string();
+        assert!(error.contains("only 6 of 6400 synthetic rows") && error.contains("--number"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

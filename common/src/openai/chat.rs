@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{ChatLogprobs, PromptLogprobs, StopReason, StreamUsage, Usage};
+use super::{ChatLogprobs, PromptLogprobs, StopReason, StreamUsage, ToolCall, ToolCallDelta, ToolChoice, Usage};
 use crate::FinishReason;
 
 /// The fields that chat has beside [`super::SamplingFields`].
@@ -16,7 +16,9 @@ pub struct ChatFields {
     /// Candidates per position; -1 is all. Needs `logprobs`.
     pub top_logprobs: Option<i64>,
     pub tools: Option<Vec<Value>>,
-    pub tool_choice: Option<Value>,
+    pub tool_choice: Option<ToolChoice>,
+    pub parallel_tool_calls: Option<bool>,
+    pub include_reasoning: Option<bool>,
     pub reasoning_effort: Option<String>,
     pub chat_template: Option<Value>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
@@ -26,14 +28,6 @@ pub struct ChatFields {
     pub mm_processor_kwargs: Option<Value>,
     pub media_io_kwargs: Option<Value>,
     pub return_prompt_text: Option<bool>,
-}
-
-/// How the output is to be shaped. Only the kind is read.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct ResponseFormat {
-    /// `text`, `json_object`, `json_schema` or `structural_tag`.
-    #[serde(rename = "type")]
-    pub kind: String,
 }
 
 /// The answer, not streamed.
@@ -83,6 +77,9 @@ pub struct ChatMessage {
     pub audio: Option<Value>,
     pub function_call: Option<Value>,
     pub reasoning: Option<String>,
+    /// Left out when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 impl ChatMessage {
@@ -96,6 +93,7 @@ impl ChatMessage {
             audio: None,
             function_call: None,
             reasoning: None,
+            tool_calls: Vec::new(),
         }
     }
 }
@@ -144,4 +142,6 @@ pub struct ChunkDelta {
     pub content: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
 }

@@ -11,12 +11,12 @@ mod logprobs;
 mod models;
 mod ordered_map;
 mod sampling;
+mod structured;
 mod tokenize;
+mod tools;
 mod usage;
 
-pub use chat::{
-    ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice, ChunkDelta, ResponseFormat,
-};
+pub use chat::{ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice, ChunkDelta};
 pub use completion::{
     Completion, CompletionChoice, CompletionChunk, CompletionChunkChoice, CompletionFields, PromptInput,
 };
@@ -27,5 +27,9 @@ pub use logprobs::{
 pub use models::{ModelCard, ModelList, ModelPermission};
 pub use ordered_map::OrderedMap;
 pub use sampling::{OneOrMany, SamplingFields, StopReason, StreamOptions};
+pub use structured::{JsonSchemaFormat, ResponseFormat, StructuredOutputsFields};
 pub use tokenize::{DetokenizeFields, Detokenized, TokenizeFields, Tokenized};
-pub use usage::{PromptTokensDetails, StreamUsage, Usage};
+pub use tools::{
+    FunctionCall, FunctionCallDelta, FunctionName, FunctionTool, Tool, ToolCall, ToolCallDelta, ToolChoice,
+};
+pub use usage::{CompletionTokensDetails, PromptTokensDetails, StreamUsage, Usage};

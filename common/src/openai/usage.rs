@@ -13,8 +13,8 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Where the prompt's tokens came from.
     pub prompt_tokens_details: Option<PromptTokensDetails>,
-    /// Always `None`: no reasoning parser.
-    pub completion_tokens_details: Option<serde_json::Value>,
+    /// Only with a reasoning parser.
+    pub completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 impl Usage {
@@ -22,6 +22,13 @@ impl Usage {
     pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
         Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens, ..Self::default() }
     }
+}
+
+/// What the completion's tokens were for.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CompletionTokensDetails {
+    /// Tokens of the reasoning part.
+    pub reasoning_tokens: usize,
 }
 
 /// Where the prompt's tokens came from.
@@ -47,6 +54,9 @@ pub struct StreamUsage {
     /// Where the prompt's tokens came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_tokens_details: Option<PromptTokensDetails>,
+    /// What the completion's tokens were for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 impl From<Usage> for StreamUsage {
@@ -56,6 +66,7 @@ impl From<Usage> for StreamUsage {
             total_tokens: usage.total_tokens,
             completion_tokens: usage.completion_tokens,
             prompt_tokens_details: usage.prompt_tokens_details,
+            completion_tokens_details: usage.completion_tokens_details,
         }
     }
 }

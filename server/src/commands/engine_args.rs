@@ -1,7 +1,7 @@
 //! Options of the engine, the same for every subcommand that loads a model.
 
 use clap::{ArgAction, Args, ValueEnum};
-use ember_engine::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat};
+use ember_engine::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, SchedulingPolicy};
 
 use crate::Error;
 
@@ -50,6 +50,10 @@ pub struct EngineArgs {
     #[arg(long, env = "EMBER_NO_ENABLE_PREFIX_CACHING", action = ArgAction::SetTrue)]
     pub no_enable_prefix_caching: bool,
 
+    /// Who goes first when there is not room for all: fcfs, or the requests' priority.
+    #[arg(long, env = "EMBER_SCHEDULING_POLICY", default_value = "fcfs", value_enum)]
+    pub scheduling_policy: Policy,
+
     /// Seeds dummy weights and requests that carry no seed.
     #[arg(long, env = "EMBER_SEED", default_value_t = 0)]
     pub seed: u64,
@@ -73,6 +77,14 @@ pub enum DType {
 pub enum Format {
     Auto,
     Dummy,
+}
+
+/// See [`SchedulingPolicy`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Policy {
+    Fcfs,
+    Priority,
 }
 
 /// A size, or the one that fits.
@@ -130,6 +142,10 @@ impl EngineArgs {
             gpu_memory_utilization: self.gpu_memory_utilization,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             enable_prefix_caching: !self.no_enable_prefix_caching,
+            scheduling_policy: match self.scheduling_policy {
+                Policy::Fcfs => SchedulingPolicy::Fcfs,
+                Policy::Priority => SchedulingPolicy::Priority,
+            },
             seed: self.seed,
             model_name: model_name.to_owned(),
         })

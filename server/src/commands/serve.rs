@@ -9,16 +9,27 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::engine_args::EngineArgs;
 use crate::{
     App, Error,
-    config::{AppConfig, ServeConfig},
+    config::{AppConfig, Listen, ServeConfig},
+    cors,
     listener::{self, End},
+    output::{self, ReasoningFormat, ToolFormat},
+    tls,
 };
 
 /// Options of `ember serve`, as typed.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     /// A Hugging Face model folder or a GGUF file.
-    #[arg(env = "EMBER_MODEL")]
-    pub model: PathBuf,
+    #[arg(env = "EMBER_MODEL", required_unless_present = "model_option")]
+    pub model: Option<PathBuf>,
+
+    /// The same as an option, for configuration files.
+    #[arg(long = "model", hide = true, value_name = "MODEL")]
+    pub model_option: Option<PathBuf>,
+
+    /// A YAML file of options by their names (`max-model-len: 8k`); what is typed wins.
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    pub config: Option<PathBuf>,
 
     /// Address to listen on.
     #[arg(long, env = "EMBER_HOST", default_value = "0.0.0.0", help_heading = "Server")]
@@ -27,6 +38,38 @@ pub struct ServeArgs {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, env = "EMBER_PORT", default_value_t = 8000, help_heading = "Server")]
     pub port: u16,
+
+    /// Listen on this Unix socket instead.
+    #[arg(long, env = "EMBER_UDS", value_name = "PATH", help_heading = "Server")]
+    pub uds: Option<PathBuf>,
+
+    /// Certificate chain in PEM; with --ssl-keyfile the server speaks HTTPS.
+    #[arg(long, env = "EMBER_SSL_CERTFILE", value_name = "PATH", requires = "ssl_keyfile", help_heading = "Server")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// The certificate's private key in PEM.
+    #[arg(long, env = "EMBER_SSL_KEYFILE", value_name = "PATH", requires = "ssl_certfile", help_heading = "Server")]
+    pub ssl_keyfile: Option<PathBuf>,
+
+    /// Path prefix of a proxy in front of the server, such as /llm.
+    #[arg(long, env = "EMBER_ROOT_PATH", default_value = "", value_name = "PATH", help_heading = "Server")]
+    pub root_path: String,
+
+    /// Origins of web pages that may use the server, or `*`; a list or a JSON array [default: none].
+    #[arg(long, env = "EMBER_ALLOWED_ORIGINS", num_args = 1.., value_name = "ORIGIN", help_heading = "Server")]
+    pub allowed_origins: Vec<String>,
+
+    /// Methods that such pages may use.
+    #[arg(long, env = "EMBER_ALLOWED_METHODS", num_args = 1.., default_value = "*", value_name = "METHOD", help_heading = "Server")]
+    pub allowed_methods: Vec<String>,
+
+    /// Request headers that such pages may send.
+    #[arg(long, env = "EMBER_ALLOWED_HEADERS", num_args = 1.., default_value = "*", value_name = "HEADER", help_heading = "Server")]
+    pub allowed_headers: Vec<String>,
+
+    /// Let such pages send credentials.
+    #[arg(long, env = "EMBER_ALLOW_CREDENTIALS", help_heading = "Server")]
+    pub allow_credentials: bool,
 
     /// Names that requests may use; the first is echoed [default: MODEL as typed].
     #[arg(long, env = "EMBER_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',', value_name = "NAME", help_heading = "Server")]
@@ -40,9 +83,39 @@ pub struct ServeArgs {
     #[arg(long, env = "EMBER_MAX_NUM_QUEUED_REQS", help_heading = "Server")]
     pub max_num_queued_reqs: Option<usize>,
 
+    /// Seconds that a request may take in all, streams included [default: no limit].
+    #[arg(long, env = "EMBER_REQUEST_TIMEOUT", value_name = "SECONDS", help_heading = "Server")]
+    pub request_timeout: Option<f64>,
+
+    /// Seconds that a client may leave sent data lying before it is cut off.
+    #[arg(long, env = "EMBER_WRITE_TIMEOUT", default_value_t = 60.0, value_name = "SECONDS", help_heading = "Server")]
+    pub write_timeout: f64,
+
+    /// Seconds that a stream may be silent before a comment keeps it alive; 0 never sends one.
+    #[arg(
+        long,
+        env = "EMBER_SSE_KEEP_ALIVE_INTERVAL",
+        default_value_t = 0.0,
+        value_name = "SECONDS",
+        help_heading = "Server"
+    )]
+    pub sse_keep_alive_interval: f64,
+
     /// Tokens per stream chunk.
     #[arg(long, env = "EMBER_STREAM_INTERVAL", default_value_t = 1, help_heading = "Server")]
     pub stream_interval: usize,
+
+    /// Let the model call tools where a request offers some and says no more; needs --tool-call-parser.
+    #[arg(long, env = "EMBER_ENABLE_AUTO_TOOL_CHOICE", help_heading = "Server")]
+    pub enable_auto_tool_choice: bool,
+
+    /// How the model writes tool calls: hermes (Qwen too) or llama3_json.
+    #[arg(long, env = "EMBER_TOOL_CALL_PARSER", value_name = "NAME", value_parser = output::tool_format, help_heading = "Server")]
+    pub tool_call_parser: Option<&'static ToolFormat>,
+
+    /// How the model marks reasoning: deepseek_r1 or qwen3.
+    #[arg(long, env = "EMBER_REASONING_PARSER", value_name = "NAME", value_parser = output::reasoning_format, help_heading = "Server")]
+    pub reasoning_parser: Option<&'static ReasoningFormat>,
 
     /// Say in usage.prompt_tokens_details how much of the prompt was cached.
     #[arg(long, env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS", help_heading = "Server")]
@@ -75,9 +148,10 @@ impl ServeArgs {
     /// # Errors
     /// [`Error::Config`] naming the option.
     pub fn resolve(&self) -> Result<ServeConfig, Error> {
+        let model = self.model.clone().or(self.model_option.clone()).unwrap_or_default();
         let mut served_model_names: Vec<String> = self.served_model_name.clone();
         if served_model_names.is_empty() {
-            served_model_names.push(self.model.display().to_string());
+            served_model_names.push(model.display().to_string());
         }
         if served_model_names.iter().any(String::is_empty) {
             return Err(Error::config("--served-model-name", "a name cannot be empty"));
@@ -87,26 +161,78 @@ impl ServeArgs {
         if self.stream_interval == 0 {
             return Err(Error::config("--stream-interval", "must be at least 1"));
         }
+        if self.enable_auto_tool_choice && self.tool_call_parser.is_none() {
+            return Err(Error::config("--enable-auto-tool-choice", "needs --tool-call-parser"));
+        }
         let engine = self.engine.resolve(&served_model_names[0])?;
         Ok(ServeConfig {
-            model: self.model.clone(),
+            model,
             app: AppConfig {
                 served_model_names,
                 api_keys,
+                root_path: root_path(&self.root_path)?,
+                cors: cors::layer(
+                    &list("--allowed-origins", &self.allowed_origins)?,
+                    &list("--allowed-methods", &self.allowed_methods)?,
+                    &list("--allowed-headers", &self.allowed_headers)?,
+                    self.allow_credentials,
+                )?,
+                request_timeout: self.request_timeout.map(|s| seconds("--request-timeout", s)).transpose()?,
+                sse_keep_alive_interval: match self.sse_keep_alive_interval {
+                    0.0 => None,
+                    interval => Some(seconds("--sse-keep-alive-interval", interval)?),
+                },
                 max_num_queued_reqs: self.max_num_queued_reqs,
                 enable_prompt_tokens_details: self.enable_prompt_tokens_details,
                 enable_force_include_usage: self.enable_force_include_usage,
                 enable_request_id_headers: self.enable_request_id_headers,
                 stream_interval: self.stream_interval,
+                enable_auto_tool_choice: self.enable_auto_tool_choice,
+                tool_call_parser: self.tool_call_parser,
+                reasoning_parser: self.reasoning_parser,
                 gpu_memory_utilization: engine.gpu_memory_utilization,
                 enable_prefix_caching: engine.enable_prefix_caching,
             },
             engine,
-            host: self.host.clone(),
-            port: self.port,
+            listen: match &self.uds {
+                Some(path) => Listen::Unix(path.clone()),
+                None => Listen::Tcp(self.host.clone(), self.port),
+            },
+            tls: self.ssl_certfile.clone().zip(self.ssl_keyfile.clone()),
+            write_timeout: seconds("--write-timeout", self.write_timeout)?,
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
         })
     }
+}
+
+fn seconds(flag: &'static str, seconds: f64) -> Result<Duration, Error> {
+    let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
+    duration.ok_or_else(|| Error::config(flag, format!("{seconds} is not a number of seconds above 0")))
+}
+
+/// `/llm/` as `/llm`.
+fn root_path(path: &str) -> Result<String, Error> {
+    let path = path.trim_end_matches('/');
+    if path.is_empty() || path.starts_with('/') {
+        Ok(path.to_owned())
+    } else {
+        Err(Error::config("--root-path", format!("`{path}` does not begin with a slash")))
+    }
+}
+
+/// Values as typed one after the other, separated by commas, or as a JSON array.
+fn list(flag: &'static str, values: &[String]) -> Result<Vec<String>, Error> {
+    let mut all = Vec::new();
+    for value in values {
+        if value.trim_start().starts_with('[') {
+            let parsed: Vec<String> = serde_json::from_str(value)
+                .map_err(|error| Error::config(flag, format!("`{value}` is not a JSON array of texts: {error}")))?;
+            all.extend(parsed);
+        } else {
+            all.extend(value.split(',').map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()));
+        }
+    }
+    Ok(all)
 }
 
 /// Runs the server to its end.
@@ -119,7 +245,12 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         // Bound first, so that a taken port costs no time; accepted from once the model is there.
-        let socket = listener::bind(&config.host, config.port).await?;
+        let socket = match &config.listen {
+            Listen::Tcp(host, port) => listener::bind(host, *port).await?,
+            Listen::Unix(path) => listener::bind_unix(path)?,
+        };
+        let tls = config.tls.as_ref().map(|(certfile, keyfile)| tls::acceptor(certfile, keyfile)).transpose()?;
+        let socket = socket.with_tls(tls).with_write_timeout(config.write_timeout);
         let mut signals = Signals::new()?;
         let started = std::time::Instant::now();
         let (model, engine) = (config.model.clone(), config.engine.clone());
@@ -138,7 +269,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
             max_model_len = info.max_model_len,
             max_num_seqs = info.max_num_seqs,
             load_seconds = (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
-            address = %format_args!("http://{}", socket.local_addr()?),
+            address = socket.url(),
             "ready"
         );
         let app = App::new(Arc::new(engine), config.app);

@@ -10,14 +10,19 @@ use serde_json::Value;
 use super::Call;
 use crate::{
     ApiError,
+    answer::{Answer, MessageBuilder},
     app::{App, Body},
     generation::{Choices, wire_stop_reason},
     json,
     logprobs::{self, TokenNames},
+    output::{AnswerParser, ReasoningFormat},
+    priority,
     prompt::{self, Chat},
     request_id,
     sampling::{self, EndpointParams},
     stream::{ChatFrames, ChunkHead, ChunkWriter, SseBody, UsageMeter},
+    structured,
+    tools::ToolPlan,
 };
 
 const REASONING_EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
@@ -27,6 +32,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let own: ChatFields = json::parse(&call.body)?;
     let model = app.model_name(fields.model.as_deref())?.to_owned();
     refuse_unsupported(&own)?;
+    let tools = ToolPlan::resolve(&own, &app.config)?;
     let n_top_logprobs = n_top_logprobs(&own)?;
     let max_tokens_field = max_tokens_field(&fields, &own);
     let endpoint = EndpointParams {
@@ -35,22 +41,34 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         prompt_logprobs: None,
         max_model_len: app.backend.info().max_model_len,
     };
-    let params = sampling::params(&fields, endpoint, app.backend.default_sampling_params())?;
+    let mut params = sampling::params(&fields, endpoint, app.backend.default_sampling_params())?;
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
     tracing::Span::current().record("id", &id);
 
     let echo = if fields.echo == Some(true) { own.messages.last().and_then(assistant_text) } else { None };
     let return_prompt_text = own.return_prompt_text == Some(true);
+    let shows_reasoning = own.include_reasoning != Some(false);
     let text = conversation(own)?.render(&app)?;
+    let form_param = match tools.grammar()? {
+        None => structured::param(&fields),
+        // A call that must be made outranks the form of an answer.
+        grammar => {
+            params.structured_outputs = grammar;
+            "tools"
+        }
+    };
+    let reading = Reading { reasoning: reasoning(&app, &text, &mut params)?, shows_reasoning, tools };
     let prompt_text = return_prompt_text.then(|| text.clone());
     let ids = prompt::encode_chat(app.clone(), text, fields.add_special_tokens == Some(true)).await?;
     let ids = prompt::fit(&app, ids, &fields, params.max_tokens)?;
     let mut request = GenerateRequest::new(Prompt::Tokens(ids), params.clone());
     request.cache_salt = fields.cache_salt.clone();
+    request.priority = priority::of(&call.parts.headers, &fields)?;
 
     let name_of_max_tokens = max_tokens_field.map_or("max_tokens", |(name, _)| name);
-    let mut choices =
-        Choices::start(&app, id.clone(), vec![request]).map_err(|error| name_max_tokens(error, name_of_max_tokens))?;
+    let mut choices = Choices::start(&app, id.clone(), vec![request])
+        .await
+        .map_err(|error| name_max_tokens(error, name_of_max_tokens).rename("structured_outputs", form_param))?;
     let usage = UsageMeter::new(&app.config, fields.stream_options, 1, choices.n_choices());
     let id = format!("chatcmpl-{id}");
     let created = app.now();
@@ -66,12 +84,56 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             echo,
             n_unstarted: choices.n_choices(),
             prompt: None,
+            answers: (0..choices.n_choices()).filter_map(|_| reading.answer()).collect(),
+            counts_reasoning: app.config.reasoning_parser.is_some(),
+            tools: reading.tools,
         };
         let interval = app.stream_interval(&fields);
         return Ok(SseBody::new(choices, frames, ChunkWriter::new(head), usage, interval).into_response());
     }
     let head = Head { id, created, model, echo: echo.unwrap_or_default(), prompt_text };
-    json::response(&whole(&app, head, &fields, &params, Running { choices, usage }).await?)
+    json::response(&whole(&app, head, &fields, &params, Running { choices, usage, reading }).await?)
+}
+
+/// How the answers' text is to be understood.
+struct Reading {
+    /// How reasoning is marked, and whether answers begin within it.
+    reasoning: Option<(&'static ReasoningFormat, bool)>,
+    shows_reasoning: bool,
+    tools: ToolPlan,
+}
+
+impl Reading {
+    /// For one choice; `None` if its text is content as it comes.
+    fn answer(&self) -> Option<Answer> {
+        let calls = self.tools.parser();
+        if self.reasoning.is_none() && calls.is_none() {
+            return None;
+        }
+        let parser = AnswerParser::new(self.reasoning, calls);
+        Some(Answer::new(parser, self.tools.is_parallel, self.shows_reasoning))
+    }
+}
+
+/// How reasoning is marked in answers to `prompt`. A prescribed form holds for what comes after it.
+fn reasoning(
+    app: &App,
+    prompt: &str,
+    params: &mut SamplingParams,
+) -> Result<Option<(&'static ReasoningFormat, bool)>, ApiError> {
+    let Some((format, is_inside)) =
+        app.config.reasoning_parser.and_then(|format| Some((format, format.begins_inside(prompt)?)))
+    else {
+        return Ok(None);
+    };
+    if let Some(outputs) = &mut params.structured_outputs {
+        match app.backend.encode_with_special(format.end)?[..] {
+            [end] => outputs.begins_after = Some(end),
+            // The model has no such token: it does not reason.
+            _ => return Ok(None),
+        }
+    }
+    Ok(Some((format, is_inside)))
 }
 
 /// What is known of the answer before it is there.
@@ -86,6 +148,7 @@ struct Head {
 struct Running {
     choices: Choices,
     usage: UsageMeter,
+    reading: Reading,
 }
 
 async fn whole(
@@ -93,21 +156,42 @@ async fn whole(
     head: Head,
     fields: &SamplingFields,
     params: &SamplingParams,
-    Running { choices, mut usage }: Running,
+    Running { choices, mut usage, reading }: Running,
 ) -> Result<ChatCompletion, ApiError> {
-    let mut finished = choices.collect().await?;
+    let mut answers: Vec<Option<(Answer, MessageBuilder)>> =
+        (0..choices.n_choices()).map(|_| Some((reading.answer()?, MessageBuilder::default()))).collect();
+    let each = |delta: &Delta| {
+        if let Some((answer, message)) = &mut answers[delta.index] {
+            message.append(answer.push(delta));
+        }
+    };
+    let mut finished = choices.collect(each).await?;
     let prompt = finished.prompts.pop().flatten();
     if let Some(prompt) = &prompt {
         usage.prompt(0, prompt);
     }
     let names = TokenNames { backend: &*app.backend, as_ids: fields.return_tokens_as_token_ids == Some(true) };
     let return_token_ids = fields.return_token_ids == Some(true);
+    usage.n_reasoning = app.config.reasoning_parser.map(|_| 0);
     let choice = |delta: Delta| {
         usage.output(delta.index, delta.token_ids.len());
+        let mut n_calls = 0;
+        let mut message = match answers[delta.index].take() {
+            None => ChatMessage::assistant(delta.text),
+            Some((answer, message)) => {
+                n_calls = answer.n_calls();
+                usage.n_reasoning = usage.n_reasoning.map(|total| total + answer.n_reasoning_tokens());
+                message.into_message()
+            }
+        };
+        if !head.echo.is_empty() {
+            message.content = Some(head.echo.clone() + &message.content.unwrap_or_default());
+        }
         let (reason, stop_reason) = delta.finish.map(|finish| (finish.reason, finish.stop_reason)).unzip();
+        let reason = reason.map(|reason| reading.tools.finish_reason(reason, n_calls));
         ChatChoice {
             index: delta.index,
-            message: ChatMessage::assistant(format!("{}{}", head.echo, delta.text)),
+            message,
             logprobs: params.logprobs.map(|n_top| logprobs::chat(names, &delta.logprobs, n_top as usize)),
             finish_reason: reason,
             stop_reason: stop_reason.flatten().map(wire_stop_reason),
@@ -137,22 +221,6 @@ async fn whole(
 }
 
 fn refuse_unsupported(own: &ChatFields) -> Result<(), ApiError> {
-    match &own.tools {
-        Some(tools) if tools.is_empty() => {
-            return Err(ApiError::invalid("tools", "`tools` must not be an empty array. Leave it out instead."));
-        }
-        // Without a choice tools mean `auto`.
-        Some(_) if own.tool_choice.as_ref().and_then(Value::as_str) != Some("none") => {
-            return Err(ApiError::invalid(
-                "tool_choice",
-                "Tool calls are not supported by this server; `tools` need `tool_choice` \"none\".",
-            ));
-        }
-        None if own.tool_choice.as_ref().is_some_and(|choice| !matches!(choice.as_str(), Some("none" | "auto"))) => {
-            return Err(ApiError::invalid("tool_choice", "When using `tool_choice`, `tools` must be set."));
-        }
-        _ => {}
-    }
     for (field, value) in [
         ("chat_template", &own.chat_template),
         ("mm_processor_kwargs", &own.mm_processor_kwargs),

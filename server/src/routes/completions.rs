@@ -13,9 +13,10 @@ use crate::{
     generation::{Choices, wire_stop_reason},
     json,
     logprobs::{self, TokenNames},
-    prompt, request_id,
+    priority, prompt, request_id,
     sampling::{self, EndpointParams},
     stream::{ChoiceState, ChunkHead, ChunkWriter, CompletionFrames, SseBody, UsageMeter},
+    structured,
 };
 
 const DEFAULT_MAX_TOKENS: i64 = 16;
@@ -53,13 +54,16 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         }
         let mut request = GenerateRequest::new(Prompt::Tokens(ids), params.clone());
         request.cache_salt = fields.cache_salt.clone();
+        request.priority = priority::of(&call.parts.headers, &fields)?;
         requests.push(request);
     }
     let n = params.n as usize;
     let n_prompts = requests.len();
     let mut usage = UsageMeter::new(&app.config, fields.stream_options, n_prompts, n);
     usage.only_prompts = only_echo;
-    let mut choices = Choices::start(&app, id.clone(), requests)?;
+    let mut choices = Choices::start(&app, id.clone(), requests)
+        .await
+        .map_err(|error| error.rename("structured_outputs", structured::param(&fields)))?;
     let frames = CompletionFrames {
         app: app.clone(),
         n_logprobs: params.logprobs.map(|n| n as usize),
@@ -147,7 +151,7 @@ async fn whole_choices(
     usage: &mut UsageMeter,
     choices: Choices,
 ) -> Result<Vec<CompletionChoice>, ApiError> {
-    let finished = choices.collect().await?;
+    let finished = choices.collect(|_| {}).await?;
     frames.prompts = finished.prompts;
     for (idx, prompt) in frames.prompts.iter().enumerate() {
         if let Some(prompt) = prompt {

@@ -4,6 +4,7 @@ mod chat_completions;
 mod completions;
 mod detokenize;
 mod health;
+mod load;
 mod metrics;
 mod models;
 mod tokenize;
@@ -51,6 +52,7 @@ pub struct Route {
 pub const ROUTES: &[Route] = &[
     json("/detokenize", |app, call| Box::pin(detokenize::answer(app, call))),
     probe("/health", GET, |app, _| Box::pin(health::answer(app))),
+    probe("/load", GET, |app, _| Box::pin(load::answer(app))),
     probe("/metrics", GET, |app, _| Box::pin(metrics::answer(app))),
     probe("/ping", GET_OR_POST, |app, _| Box::pin(health::answer(app))),
     json("/tokenize", |app, call| Box::pin(tokenize::answer(app, call))),

@@ -1,8 +1,11 @@
 //! [`SseBody`]: the response body that owns a request in flight.
 
 use std::{
+    convert::Infallible,
+    future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -11,6 +14,7 @@ use ember_engine::{Delta, PromptEvent};
 use futures_util::StreamExt;
 use http_body_util::BodyExt;
 use hyper::{Response, body::Frame, header};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::{ChunkWriter, UsageMeter};
 use crate::{
@@ -24,6 +28,10 @@ pub trait Frames: Send + Unpin + 'static {
     fn prompt(&mut self, prompt_idx: usize, prompt: PromptEvent);
     /// Writes the chunks for new output.
     fn delta(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter, delta: Delta);
+    /// Tokens so far that were reasoning; `None` if it is not told apart.
+    fn n_reasoning_tokens(&self) -> Option<usize> {
+        None
+    }
     /// The answer's fingerprint, for the usage chunk.
     fn system_fingerprint(&self) -> &str;
 }
@@ -40,18 +48,27 @@ pub struct SseBody<F> {
     interval: usize,
     /// Output kept back until there are `interval` tokens, by choice; `None` before the first.
     held: Vec<Option<Delta>>,
+    /// Sends a comment when the stream has been silent for so long.
+    keep_alive: Option<KeepAlive>,
+}
+
+struct KeepAlive {
+    interval: Duration,
+    next: Pin<Box<Sleep>>,
 }
 
 impl<F: Frames> SseBody<F> {
     /// A body that streams `choices`, `interval` tokens a chunk; the first is never kept back.
     pub fn new(choices: Choices, frames: F, writer: ChunkWriter, usage: UsageMeter, interval: usize) -> Self {
         let held = vec![None; choices.n_choices()];
-        Self { choices: Some(choices), frames, writer, usage, interval, held }
+        let keep_alive = choices.app().config.sse_keep_alive_interval;
+        let keep_alive = keep_alive.map(|interval| KeepAlive { interval, next: Box::pin(sleep(interval)) });
+        Self { choices: Some(choices), frames, writer, usage, interval, held, keep_alive }
     }
 
     /// The response.
     pub fn into_response(self) -> Response<Body> {
-        let mut response = Response::new(Body::new(self.map_err(|never: std::convert::Infallible| match never {})));
+        let mut response = Response::new(Body::new(self.map_err(|never: Infallible| match never {})));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream; charset=utf-8"));
         headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
@@ -83,7 +100,17 @@ impl<F: Frames> SseBody<F> {
         }
     }
 
+    fn poll_keep_alive(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Some(KeepAlive { interval, next }) = &mut self.keep_alive else {
+            return Poll::Pending;
+        };
+        ready!(next.as_mut().poll(cx));
+        next.as_mut().reset(Instant::now() + *interval);
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b": keep-alive\n\n")))))
+    }
+
     fn finish(&mut self) {
+        self.usage.n_reasoning = self.frames.n_reasoning_tokens();
         if self.usage.at_end {
             let usage = StreamUsage::from(self.usage.total());
             self.writer.begin().raw(r#"],"usage":"#).value(&usage).raw(r#","system_fingerprint":"#);
@@ -100,7 +127,7 @@ impl<F: Frames> SseBody<F> {
 
 impl<F: Frames> hyper::body::Body for SseBody<F> {
     type Data = Bytes;
-    type Error = std::convert::Infallible;
+    type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
@@ -108,7 +135,10 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
             let Some(choices) = &mut this.choices else {
                 return Poll::Ready(None);
             };
-            match ready!(choices.poll_next_unpin(cx)) {
+            let Poll::Ready(event) = choices.poll_next_unpin(cx) else {
+                return this.poll_keep_alive(cx);
+            };
+            match event {
                 Some(Ok(ChoiceEvent::Prompt(idx, prompt))) => {
                     this.usage.prompt(idx, &prompt);
                     this.frames.prompt(idx, prompt);
@@ -122,6 +152,9 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
             }
             let bytes = this.writer.take();
             if !bytes.is_empty() {
+                if let Some(keep_alive) = &mut this.keep_alive {
+                    keep_alive.next.as_mut().reset(Instant::now() + keep_alive.interval);
+                }
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
         }

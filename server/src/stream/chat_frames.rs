@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use ember_common::openai::{StreamUsage, Usage};
+use ember_common::openai::{ChunkDelta, StreamUsage, Usage};
 use ember_engine::{Delta, Finish, PromptEvent};
 
 use super::{ChunkWriter, Frames, UsageMeter};
 use crate::{
+    answer::Answer,
     app::App,
     generation::wire_stop_reason,
     logprobs::{self, TokenNames},
+    tools::ToolPlan,
 };
 
 /// Writes chat chunks. Every choice starts with a chunk of its role, sent together with the
@@ -31,6 +33,12 @@ pub struct ChatFrames {
     pub n_unstarted: usize,
     /// Token ids of the prompt.
     pub prompt: Option<PromptEvent>,
+    /// By choice; empty if the text is sent as it comes.
+    pub answers: Vec<Answer>,
+    /// How calls end a choice.
+    pub tools: ToolPlan,
+    /// Whether reasoning is told apart.
+    pub counts_reasoning: bool,
 }
 
 impl ChatFrames {
@@ -63,12 +71,27 @@ impl Frames for ChatFrames {
         self.prompt = Some(prompt);
     }
 
-    fn delta(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter, delta: Delta) {
+    fn delta(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter, mut delta: Delta) {
         if self.n_unstarted > 0 {
             self.roles(writer, usage);
         }
-        writer.begin().raw(r#"{"index":"#).value(&delta.index);
-        writer.raw(r#","delta":{"content":"#).value(&delta.text).raw(r#"},"logprobs":"#);
+        let parsed = self.answers.get_mut(delta.index).map(|answer| answer.push(&delta));
+        if let Some(parsed) = &parsed {
+            // Tokens that only decide what the next ones mean are not sent, unless somebody counts them.
+            let is_silent = *parsed == ChunkDelta::default() && delta.finish.is_none();
+            if is_silent && !self.return_token_ids && self.n_top_logprobs.is_none() {
+                return;
+            }
+            if let Some(finish) = &mut delta.finish {
+                finish.reason = self.tools.finish_reason(finish.reason, self.answers[delta.index].n_calls());
+            }
+        }
+        writer.begin().raw(r#"{"index":"#).value(&delta.index).raw(r#","delta":"#);
+        match &parsed {
+            Some(parsed) => writer.value(parsed),
+            None => writer.raw(r#"{"content":"#).value(&delta.text).raw("}"),
+        };
+        writer.raw(r#","logprobs":"#);
         match self.n_top_logprobs {
             Some(n_top) => {
                 let names = TokenNames { backend: &*self.app.backend, as_ids: self.tokens_as_ids };
@@ -91,6 +114,10 @@ impl Frames for ChatFrames {
             writer.raw(r#","system_fingerprint":"#).value(&self.app.system_fingerprint);
         }
         writer.end();
+    }
+
+    fn n_reasoning_tokens(&self) -> Option<usize> {
+        self.counts_reasoning.then(|| self.answers.iter().map(Answer::n_reasoning_tokens).sum())
     }
 
     fn system_fingerprint(&self) -> &str {

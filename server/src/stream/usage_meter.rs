@@ -1,6 +1,6 @@
 //! [`UsageMeter`]: counts a stream's tokens and says what of it goes on the wire.
 
-use ember_common::openai::{PromptTokensDetails, StreamOptions, StreamUsage, Usage};
+use ember_common::openai::{CompletionTokensDetails, PromptTokensDetails, StreamOptions, StreamUsage, Usage};
 use ember_engine::PromptEvent;
 
 use crate::config::AppConfig;
@@ -13,6 +13,8 @@ pub struct UsageMeter {
     prompt_lens: Vec<usize>,
     n_cached: usize,
     completion_lens: Vec<usize>,
+    /// Tokens of reasoning; `None` without a reasoning parser.
+    pub n_reasoning: Option<usize>,
     with_details: bool,
     /// Count prompts alone: the output is not sent.
     pub only_prompts: bool,
@@ -33,6 +35,7 @@ impl UsageMeter {
             prompt_lens: vec![0; n_prompts],
             n_cached: 0,
             completion_lens: vec![0; n_prompts * n],
+            n_reasoning: None,
             with_details: config.enable_prompt_tokens_details,
             only_prompts: false,
             at_end,
@@ -62,6 +65,8 @@ impl UsageMeter {
     /// Everything.
     pub fn total(&self) -> Usage {
         let mut usage = Usage::new(self.prompt_lens.iter().sum(), self.completion_lens.iter().sum());
+        usage.completion_tokens_details =
+            self.n_reasoning.map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens });
         usage.prompt_tokens_details = self
             .with_details
             .then(|| PromptTokensDetails { cached_tokens: self.n_cached, ..PromptTokensDetails::default() });

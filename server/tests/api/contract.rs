@@ -8,6 +8,11 @@ use crate::fake::{MAX_MODEL_LEN, app, ask, config, get, post, send};
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
+/// A schema of so many levels.
+fn nested(depth: usize) -> Value {
+    (0..depth).fold(json!(true), |inner, _| json!({"not": inner}))
+}
+
 fn body(path: &str) -> Value {
     match path {
         CHAT => json!({"messages": [{"role": "user", "content": "x"}]}),
@@ -121,16 +126,59 @@ async fn fields_that_both_endpoints_share() {
             (json!({"cache_salt": "a@b"}), 400, "cache_salt must have", "cache_salt"),
             (json!({"cache_salt": "ab"}), 200, "", ""),
             (json!({"response_format": {"type": "text"}}), 200, "", ""),
+            (json!({"response_format": {"type": "json_object"}}), 200, "", ""),
+            (json!({"response_format": {"type": "xml"}}), 400, "no type `xml`", "response_format"),
+            (json!({"response_format": {}}), 400, "missing field `type`", "body.response_format.type"),
+            (json!({"response_format": {"type": "structural_tag"}}), 400, "not supported", "structural_tag"),
+            (json!({"response_format": {"type": "json_schema"}}), 400, "needs `json_schema`", "response_format"),
             (
-                json!({"response_format": {"type": "json_object"}}),
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
                 400,
-                "`response_format` is not supported",
+                "`name` and `schema`",
                 "response_format",
             ),
-            (json!({"structured_outputs": {"regex": "a"}}), 400, "not supported", "structured_outputs"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}),
+                400,
+                "missing field `name`",
+                "body.response_format.json_schema.name",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": [1]}}}),
+                400,
+                "A JSON schema is an object",
+                "response_format",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": true}}}),
+                200,
+                "",
+                "",
+            ),
+            (json!({"structured_outputs": {"regex": "a"}}), 200, "", ""),
+            (json!({"structured_outputs": {"json": "{\"type\": \"null\"}"}}), 200, "", ""),
+            (json!({"structured_outputs": {"json": "{"}}), 400, "is not JSON", "structured_outputs"),
+            (json!({"structured_outputs": {"json": nested(65)}}), 400, "deeper than 64", "structured_outputs"),
+            (json!({"structured_outputs": {"choice": []}}), 400, "must not be empty", "structured_outputs"),
+            (json!({"structured_outputs": {"choice": "a"}}), 400, "validation error", "body.structured_outputs.choice"),
+            (json!({"structured_outputs": {}}), 400, "got 0", "structured_outputs"),
+            (json!({"structured_outputs": {"json_object": false}}), 400, "got 0", "structured_outputs"),
+            (json!({"structured_outputs": {"regex": "a", "choice": ["b"]}}), 400, "got 2", "structured_outputs"),
+            (
+                json!({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}),
+                400,
+                "Exactly one",
+                "structured_outputs",
+            ),
+            (json!({"structured_outputs": {"json_object": true, "disable_any_whitespace": true}}), 200, "", ""),
+            (json!({"structured_outputs": {"structural_tag": "x"}}), 400, "not supported", "structural_tag"),
+            (json!({"priority": -3}), 200, "", ""),
+            (json!({"priority": "high"}), 400, "validation error", "body.priority"),
             (json!({"use_beam_search": true}), 400, "not supported", "use_beam_search"),
             (json!({"bad_words": []}), 200, "", ""),
-            (json!({"bad_words": ["x"]}), 400, "not supported", "bad_words"),
+            (json!({"bad_words": ["x"]}), 200, "", ""),
+            (json!({"bad_words": [""]}), 400, "cannot contain an empty string", "bad_words"),
+            (json!({"bad_words": "x"}), 400, "validation error", "body.bad_words"),
             (json!({"repetition_detection": {}}), 400, "not supported", "repetition_detection"),
             (json!({"thinking_token_budget": 5}), 400, "not supported", "thinking_token_budget"),
             (json!({"logprob_token_ids": [1]}), 400, "not supported", "logprob_token_ids"),
@@ -219,8 +267,24 @@ async fn fields_of_chat() {
         (json!({"logprobs": true, "top_logprobs": 21}), 400, "greater than max allowed: 20", "logprobs"),
         (json!({"logprobs": 1}), 400, "validation error", "body.logprobs"),
         (json!({"tools": []}), 400, "must not be an empty array", "tools"),
-        (json!({"tools": [tool]}), 400, "not supported", "tool_choice"),
-        (json!({"tools": [tool], "tool_choice": "required"}), 400, "not supported", "tool_choice"),
+        (json!({"tools": [tool]}), 400, "requires --enable-auto-tool-choice and --tool-call-parser", "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": "required"}), 400, "requires --tool-call-parser", "tool_choice"),
+        (
+            json!({"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+            400,
+            "requires --tool-call-parser",
+            "tool_choice",
+        ),
+        (json!({"tools": [tool], "tool_choice": "always"}), 400, "`always`", "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": 1}), 400, "expected \"none\"", "body.tool_choice"),
+        (json!({"tools": [{"type": "function"}]}), 400, "missing field `function`", "body.tools.0"),
+        (json!({"tools": [{"type": "custom", "function": {"name": "f"}}]}), 400, "`function`", "body.tools.0.type"),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": ""}}]}),
+            400,
+            "must not be empty",
+            "body.tools.0.function.name",
+        ),
         (json!({"tools": [tool], "tool_choice": "none"}), 200, "", ""),
         (json!({"tool_choice": "required"}), 400, "`tools` must be set", "tool_choice"),
         (json!({"tool_choice": "none"}), 200, "", ""),

@@ -1,4 +1,4 @@
-//! [`FakeEngine`]: a backend with one token per byte that always says the same, and the requests
+//! [`FakeEngine`]: a backend with one token per byte that always says the same text, and the requests
 //! that tests send.
 
 use std::{
@@ -28,18 +28,19 @@ pub const MAX_MODEL_LEN: usize = 64;
 const BOS: u32 = 256;
 const EOS: u32 = 257;
 
-/// Says [`TEXT`]. A prompt that contains `panic`, `die`, `hang` or `wait` makes it panic, fail
+/// Says one text. A prompt that contains `panic`, `die`, `hang` or `wait` makes it panic, fail
 /// after the first token, stop after the first token, or never start.
 pub struct FakeEngine {
     info: EngineInfo,
     defaults: SamplingParams,
+    text: String,
     pub is_healthy: AtomicBool,
     /// Streams that were not dropped.
     pub n_live: Arc<AtomicUsize>,
 }
 
 impl FakeEngine {
-    pub fn new() -> Self {
+    pub fn saying(text: &str) -> Self {
         let info = EngineInfo {
             model_path: "/models/fake".into(),
             architecture: "FakeForCausalLM".into(),
@@ -54,7 +55,7 @@ impl FakeEngine {
             created: 1,
         };
         let defaults = SamplingParams { temperature: 0.6, ..SamplingParams::default() };
-        Self { info, defaults, is_healthy: AtomicBool::new(true), n_live: Arc::default() }
+        Self { info, defaults, text: text.into(), is_healthy: AtomicBool::new(true), n_live: Arc::default() }
     }
 }
 
@@ -82,9 +83,15 @@ impl Backend for FakeEngine {
             let known = prompt.iter().skip(1).map(|&id| Some(logprobs(id, n_top)));
             std::iter::once(None).chain(known).collect()
         });
-        let mut events =
-            vec![Ok(Event::Prompt(PromptEvent { token_ids: prompt.into(), n_cached: 3, logprobs: prompt_logprobs }))];
-        let ids: Vec<u32> = TEXT.bytes().map(u32::from).chain([EOS]).collect();
+        let prompt_len = prompt.len();
+        let mut events = vec![Ok(Event::Prompt(PromptEvent {
+            token_ids: prompt.into(),
+            n_cached: prompt_len.min(3),
+            queue_time: Duration::from_secs(2),
+            prefill_time: Duration::from_secs(1),
+            logprobs: prompt_logprobs,
+        }))];
+        let ids: Vec<u32> = self.text.bytes().map(u32::from).chain([EOS]).collect();
         let n_tokens = params.max_tokens.map_or(ids.len(), |max| ids.len().min(max as usize));
         let mut pending_bytes = Vec::new();
         for (at, &id) in ids[..n_tokens].iter().enumerate() {
@@ -156,6 +163,10 @@ impl Backend for FakeEngine {
         }
     }
 
+    fn take_step_sizes(&self) -> Vec<u32> {
+        vec![1, 64, 9]
+    }
+
     fn is_healthy(&self) -> bool {
         self.is_healthy.load(Ordering::SeqCst)
     }
@@ -203,8 +214,13 @@ impl Backend for FakeEngine {
 
 /// An app over a fake engine.
 pub fn app(config: AppConfig) -> (Arc<App>, Arc<FakeEngine>) {
-    let engine = Arc::new(FakeEngine::new());
+    let engine = Arc::new(FakeEngine::saying(TEXT));
     (App::new(engine.clone(), config), engine)
+}
+
+/// An app over a fake engine that says `text`.
+pub fn app_saying(text: &str, config: AppConfig) -> Arc<App> {
+    App::new(Arc::new(FakeEngine::saying(text)), config)
 }
 
 /// The options that most tests use.

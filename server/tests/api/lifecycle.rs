@@ -91,7 +91,7 @@ async fn request(address: std::net::SocketAddr, body: &str) -> TcpStream {
     stream
 }
 
-async fn until(mut is_so: impl FnMut() -> bool) {
+pub async fn until(mut is_so: impl FnMut() -> bool) {
     for _ in 0..1000 {
         if is_so() {
             return;

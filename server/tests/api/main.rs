@@ -6,3 +6,5 @@ mod fake;
 mod lifecycle;
 mod snapshots;
 mod streaming;
+mod tools;
+mod transport;

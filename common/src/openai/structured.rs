@@ -1,0 +1,40 @@
+//! How a request prescribes the output's form.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+/// OpenAI's way.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct ResponseFormat {
+    /// `text`, `json_object`, `json_schema` or `structural_tag`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// With `json_schema`.
+    pub json_schema: Option<JsonSchemaFormat>,
+}
+
+/// A named schema.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct JsonSchemaFormat {
+    /// For people.
+    pub name: String,
+    /// The schema.
+    pub schema: Option<Value>,
+}
+
+/// vLLM's way: one form and its options.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[allow(missing_docs)]
+pub struct StructuredOutputsFields {
+    /// A JSON schema, or its text.
+    pub json: Option<Value>,
+    pub regex: Option<String>,
+    pub choice: Option<Vec<String>>,
+    /// In Lark's or GBNF's notation.
+    pub grammar: Option<String>,
+    pub json_object: Option<bool>,
+    pub structural_tag: Option<Value>,
+    pub disable_any_whitespace: Option<bool>,
+    pub disable_additional_properties: Option<bool>,
+    pub whitespace_pattern: Option<String>,
+}

@@ -1,0 +1,5 @@
+//! The real binary with the real engine over real sockets, on a tiny model with random weights.
+
+mod disconnects;
+mod server;
+mod structured;
