@@ -1,6 +1,8 @@
 //! What runs a step on a device: one trait, one folder per executor.
 
 pub mod burn;
+#[cfg(any(test, feature = "cuda"))]
+mod comparison;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

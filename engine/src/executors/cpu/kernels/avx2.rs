@@ -275,7 +275,7 @@ unsafe fn dots_tile<const T: u8, const R: usize, const W: usize>(rows: &[u8], x:
     let n_cols = x.len() / W;
     let row_bytes = n_cols * size::<T>();
     let (rows, x) = (rows.as_ptr(), x.as_ptr());
-    let mut sums = [[_mm256_setzero_ps(); W]; R];
+    let mut sums = [[_mm256_setzero_ps(); R]; W];
     let n_whole = n_cols / 8 * 8;
     // SAFETY: columns stay below `n_cols` in `R` rows of weights and `W` rows of activations.
     unsafe {
@@ -284,15 +284,15 @@ unsafe fn dots_tile<const T: u8, const R: usize, const W: usize>(rows: &[u8], x:
             for (r, weights) in weights.iter_mut().enumerate() {
                 *weights = load::<T>(rows.add(r * row_bytes + k * size::<T>()));
             }
-            for m in 0..W {
+            for (m, sums) in sums.iter_mut().enumerate() {
                 let x = _mm256_loadu_ps(x.add(m * n_cols + k));
-                for r in 0..R {
-                    sums[r][m] = _mm256_fmadd_ps(weights[r], x, sums[r][m]);
+                for (sum, &weights) in sums.iter_mut().zip(&weights) {
+                    *sum = _mm256_fmadd_ps(weights, x, *sum);
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (m, &sum) in sums.iter().enumerate() {
+        for (m, sums) in sums.iter().enumerate() {
+            for (r, &sum) in sums.iter().enumerate() {
                 let mut total = sum_lanes(sum);
                 for k in n_whole..n_cols {
                     total += load_one::<T>(rows.add(r * row_bytes + k * size::<T>())) * *x.add(m * n_cols + k);

@@ -27,11 +27,12 @@ fn softmax_is_that_of_float64() {
                 let mut got = scores.clone();
                 let (got_max, total) = kernels.softmax(&mut got, before);
                 assert_eq!(got_max, max);
+                // The difference to the maximum, up to 100, is itself rounded.
                 for (got, want) in got.iter().zip(&expected) {
-                    assert!((f64::from(*got) - want).abs() <= 1e-6 * want + 1e-37, "{}: {got} {want}", kernels.name);
+                    assert!((f64::from(*got) - want).abs() <= 5e-6 * want + 1e-37, "{}: {got} {want}", kernels.name);
                 }
                 let want = expected.iter().sum::<f64>();
-                assert!((f64::from(total) - want).abs() <= 2e-6 * want, "{}: {total} {want}", kernels.name);
+                assert!((f64::from(total) - want).abs() <= 5e-6 * want + 1e-36, "{}: {total} {want}", kernels.name);
             }
         }
         let mut nothing = [f32::NEG_INFINITY; 16];
