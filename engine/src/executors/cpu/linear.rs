@@ -5,16 +5,21 @@ use std::{cell::RefCell, ops::Range};
 use super::{
     activations::Activations,
     disjoint::Disjoint,
-    kernels::{DOT_ROWS, DOT_WIDTH, FloatType, Kernels, MAX_WIDTH, Output},
+    kernels::{ActivationBlock, DOT_ROWS, DOT_WIDTH, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Output},
     packed::{PackedMatrix, ROWS},
     pool::Pool,
 };
-use crate::weights::StoredTensor;
+use crate::{quant::GROUP, weights::StoredTensor};
 
 /// Bytes of weights that a task reads: they stay in the L2 cache while all activations pass.
 const TASK_BYTES: usize = 128 * 1024;
 /// Tasks per thread at least, so that threads end together.
 const TASKS_PER_THREAD: usize = 6;
+
+/// From this many rows of activations on, groups are decoded once for all of them.
+const EXPAND_FROM: usize = 3 * MAX_WIDTH;
+/// Codes that are decoded at once: with them, a block of activations meets weights from the L2 cache.
+const EXPANDED_CODES: usize = 80 * 1024;
 
 /// Matrices one below the other, with a bias.
 pub struct Linear {
@@ -155,20 +160,57 @@ fn run_packed(
     target: &Target<'_>,
     groups: Range<usize>,
 ) -> Range<usize> {
-    let n_rows = packed.n_rows();
+    let rows = groups.start * ROWS..(groups.end * ROWS).min(packed.n_rows());
+    if x.n_rows() < EXPAND_FROM {
+        multiply(packed.n_rows(), x, target, groups, |group, block, out| {
+            // SAFETY: `multiply` gives an output of eight columns of the block's rows.
+            unsafe { kernels.affine(packed.codes(), packed.group(group), block, out) };
+        });
+        return rows;
+    }
+    let n_cols = packed.n_cols();
+    let (per_group, per_scale) = (ROWS * n_cols, ROWS * n_cols / GROUP);
+    EXPANDED.with_borrow_mut(|(codes, scales)| {
+        let n_at_once = (EXPANDED_CODES / per_group).max(1);
+        codes.resize(codes.len().max(n_at_once * per_group), 0);
+        scales.resize(scales.len().max(n_at_once * 2 * per_scale), 0.0);
+        for first in groups.clone().step_by(n_at_once) {
+            let some = first..(first + n_at_once).min(groups.end);
+            for (i, group) in some.clone().enumerate() {
+                let (scales, minima) = scales[i * 2 * per_scale..][..2 * per_scale].split_at_mut(per_scale);
+                let codes = &mut codes[i * per_group..][..per_group];
+                kernels.expand(packed.codes(), packed.group(group), &mut Expanded { codes, scales, minima });
+            }
+            multiply(packed.n_rows(), x, target, some, |group, block, out| {
+                let i = group - first;
+                let (scales, minima) = scales[i * 2 * per_scale..][..2 * per_scale].split_at(per_scale);
+                let group = ExpandedGroup { codes: &codes[i * per_group..][..per_group], scales, minima };
+                // SAFETY: as above.
+                unsafe { kernels.expanded(&group, block, out) };
+            });
+        }
+    });
+    rows
+}
+
+/// Calls `kernel` for each block of activations and each of `groups`, with the place for eight columns of results.
+fn multiply(
+    n_rows: usize,
+    x: &Activations,
+    target: &Target<'_>,
+    groups: Range<usize>,
+    kernel: impl Fn(usize, &ActivationBlock<'_>, Output),
+) {
     for (first, block) in x.blocks() {
         for group in groups.clone() {
             let column = group * ROWS;
             let out = target.at(first, column);
             if n_rows - column >= ROWS {
-                // SAFETY: the block's rows and the group's eight columns of the result belong to this task.
-                unsafe { kernels.affine(packed.codes(), packed.group(group), &block, out) };
+                kernel(group, &block, out);
                 continue;
             }
             let mut whole = [0f32; MAX_WIDTH * ROWS];
-            let aside = Output { ptr: whole.as_mut_ptr(), stride: ROWS, accumulate: false };
-            // SAFETY: room for eight columns of as many rows as a block can have.
-            unsafe { kernels.affine(packed.codes(), packed.group(group), &block, aside) };
+            kernel(group, &block, Output { ptr: whole.as_mut_ptr(), stride: ROWS, accumulate: false });
             for m in 0..block.width {
                 for n in 0..n_rows - column {
                     // SAFETY: the last columns, which belong to this task.
@@ -180,10 +222,11 @@ fn run_packed(
             }
         }
     }
-    groups.start * ROWS..(groups.end * ROWS).min(n_rows)
 }
 
 thread_local! {
+    /// Decoded groups: codes, and scales and minima.
+    static EXPANDED: RefCell<(Vec<i16>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
     /// Decoded weight rows.
     static DECODED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -260,9 +303,9 @@ mod tests {
         let linear = Linear::new(tensors, Some(bias.clone()), 2);
         let mut pool = Pool::new(2).expect("threads");
         for kernels in Kernels::available() {
-            for n_tokens in [1, 2, 3, 5, 8, 9, 21] {
+            for n_tokens in [1, 2, 3, 5, 8, 9, 45] {
                 let values = noise(n_tokens * n_cols, n_tokens as u32);
-                let mut x = Activations::new(21, n_cols, linear.wants_integers());
+                let mut x = Activations::new(45, n_cols, linear.wants_integers());
                 let fill = |m: usize, row: &mut [f32]| row.copy_from_slice(&values[m * n_cols..][..n_cols]);
                 x.fill(&mut pool, kernels, n_tokens, &fill);
                 let mut out = vec![1.0; n_tokens * n_rows];

@@ -79,6 +79,11 @@ impl PackedMatrix {
         self.n_rows
     }
 
+    /// Columns.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
     /// Groups of eight rows.
     pub fn n_groups(&self) -> usize {
         self.n_rows.div_ceil(ROWS)

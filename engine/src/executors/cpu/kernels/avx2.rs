@@ -2,14 +2,30 @@
 
 use std::arch::x86_64::*;
 
-use super::{ActivationBlock, FloatType, Kernels, Operand, Output, QuantizedRows, elementwise};
+use super::{
+    ActivationBlock, Expanded, ExpandedGroup, FloatType, Kernels, Operand, Output, QuantizedRows, elementwise,
+};
 use crate::{
     executors::cpu::packed::{block_bytes, scales_offset},
-    quant::Codes,
+    quant::{Codes, GROUP},
 };
 
-pub static KERNELS: Kernels =
-    Kernels { name: "avx2", affine, dots, tile, rms_norm, quantize, silu_mul, softmax, rotate, scale, to_f16, argmax };
+pub static KERNELS: Kernels = Kernels {
+    name: "avx2",
+    affine,
+    expand,
+    expanded,
+    dots,
+    tile,
+    rms_norm,
+    quantize,
+    silu_mul,
+    softmax,
+    rotate,
+    scale,
+    to_f16,
+    argmax,
+};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -19,17 +35,78 @@ fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quantize(x: &[f32], place: (usize, usize), block: QuantizedRows) {
     // SAFETY: the caller's promise.
-    unsafe { elementwise::quantize(x, place, block) }
+    unsafe {
+        for (g, values) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+            quantize_group(values, (place.0, place.1, g), block);
+        }
+    }
+}
+
+/// Rounds group `g` of row `row` in a block of `width` rows.
+///
+/// # Safety
+/// As `quantize`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn quantize_group(values: &[f32; GROUP], (width, row, g): (usize, usize, usize), block: QuantizedRows) {
+    // SAFETY: 32 values; the block's places are the caller's promise.
+    unsafe {
+        let v: [__m256; 4] = std::array::from_fn(|i| _mm256_loadu_ps(values.as_ptr().add(8 * i)));
+        let sign = _mm256_set1_ps(-0.0);
+        let abs = v.map(|v| _mm256_andnot_ps(sign, v));
+        let largest = _mm256_max_ps(_mm256_max_ps(abs[0], abs[1]), _mm256_max_ps(abs[2], abs[3]));
+        let scale = max_lanes(largest) / 32767.0;
+        let inverse = _mm256_set1_ps(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+        let rounded = v.map(|v| _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse)));
+        // Packing works within halves of 128 bits, so the quarters are put in order after it.
+        let pack = |a, b| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
+        let words = [pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3])];
+        let ones = _mm256_set1_epi16(1);
+        let total = _mm256_add_epi32(_mm256_madd_epi16(words[0], ones), _mm256_madd_epi16(words[1], ones));
+        *block.scales.add(g * width + row) = scale;
+        *block.sums.add(g * width + row) = scale * sum_lanes_i32(total) as f32;
+        let mut to = block.codes.cast::<i32>().add(g * GROUP / 2 * width + row);
+        if width == 1 {
+            _mm256_storeu_si256(to.cast(), words[0]);
+            _mm256_storeu_si256(to.add(8).cast(), words[1]);
+            return;
+        }
+        for words in words {
+            for half in [_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)] {
+                to.write_unaligned(_mm_cvtsi128_si32(half));
+                to.add(width).write_unaligned(_mm_extract_epi32::<1>(half));
+                to.add(2 * width).write_unaligned(_mm_extract_epi32::<2>(half));
+                to.add(3 * width).write_unaligned(_mm_extract_epi32::<3>(half));
+                to = to.add(4 * width);
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn max_lanes(v: __m256) -> f32 {
+    let halves = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let pairs = _mm_max_ps(halves, _mm_movehl_ps(halves, halves));
+    _mm_cvtss_f32(_mm_max_ss(pairs, _mm_movehdup_ps(pairs)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sum_lanes_i32(v: __m256i) -> i32 {
+    let halves = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+    let pairs = _mm_add_epi32(halves, _mm_shuffle_epi32::<0b01_00_11_10>(halves));
+    _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32::<0b10_11_00_01>(pairs)))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    elementwise::silu_mul(gate, up, out);
+    elementwise::silu_mul::<true>(gate, up, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn softmax(scores: &mut [f32], max_so_far: f32) -> (f32, f32) {
-    elementwise::softmax(scores, max_so_far)
+    elementwise::softmax::<true>(scores, max_so_far)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -180,6 +257,80 @@ unsafe fn bytes<const W: usize>(group: &[u8], x: &ActivationBlock<'_>, out: Outp
             for m in 0..W {
                 let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
                 totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
+            }
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { store(&totals, out) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn expand(codes: Codes, group: &[u8], out: &mut Expanded<'_>) {
+    let mask = _mm256_set1_epi16(15);
+    let mut to: *mut __m256i = out.codes.as_mut_ptr().cast();
+    for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
+        let block = block.as_ptr();
+        // SAFETY: a block has four or eight vectors of codes, then scales and minima; `Kernels::expand` checked that
+        // there is room for 16 vectors of integers, a scale and a minimum of eight rows for each block.
+        unsafe {
+            let mut put = |vector: __m256i| {
+                _mm256_storeu_si256(to, vector);
+                to = to.add(1);
+            };
+            if codes == Codes::Bytes {
+                for j in 0..8 {
+                    let words = _mm256_loadu_si256(block.add(32 * j).cast());
+                    put(_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(words)));
+                    put(_mm256_srai_epi16::<8>(words));
+                }
+            } else {
+                for j in 0..4 {
+                    let words = _mm256_loadu_si256(block.add(32 * j).cast());
+                    put(_mm256_and_si256(words, mask));
+                    put(_mm256_and_si256(_mm256_srli_epi16::<4>(words), mask));
+                    put(_mm256_and_si256(_mm256_srli_epi16::<8>(words), mask));
+                    put(_mm256_srli_epi16::<12>(words));
+                }
+            }
+            let scales = load_halves(block.add(scales_offset(codes)));
+            let minima = match codes {
+                Codes::NibblesWithMinimum => load_halves(block.add(scales_offset(codes) + 16)),
+                Codes::NibblesAroundEight => _mm256_mul_ps(scales, _mm256_set1_ps(-8.0)),
+                Codes::Bytes => _mm256_setzero_ps(),
+            };
+            _mm256_storeu_ps(out.scales.as_mut_ptr().add(8 * b), scales);
+            _mm256_storeu_ps(out.minima.as_mut_ptr().add(8 * b), minima);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn expanded(group: &ExpandedGroup<'_>, activations: &ActivationBlock<'_>, out: Output) {
+    // SAFETY: `Kernels::expanded` checked the lengths; `out` is its caller's promise.
+    unsafe { by_width!(activations.width, expanded_by::<_>(group, activations, out)) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn expanded_by<const W: usize>(group: &ExpandedGroup<'_>, x: &ActivationBlock<'_>, out: Output) {
+    let mut totals = [_mm256_setzero_ps(); W];
+    let mut pairs: *const i32 = x.codes.as_ptr().cast();
+    let mut weights: *const __m256i = group.codes.as_ptr().cast();
+    for b in 0..group.scales.len() / 8 {
+        let mut sums = [_mm256_setzero_si256(); W];
+        // SAFETY: `Kernels::expanded` checked that there are 16 vectors of codes, and scales and minima of eight rows,
+        // for each block of weights, and as many pairs, a scale and a sum for each row of activations.
+        unsafe {
+            for _ in 0..16 {
+                multiply_pairs::<W>(_mm256_loadu_si256(weights), pairs, &mut sums);
+                (weights, pairs) = (weights.add(1), pairs.add(W));
+            }
+            let scales = _mm256_loadu_ps(group.scales.as_ptr().add(8 * b));
+            let minima = _mm256_loadu_ps(group.minima.as_ptr().add(8 * b));
+            for m in 0..W {
+                let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
+                let sum = _mm256_set1_ps(*x.sums.get_unchecked(b * W + m));
+                totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
+                totals[m] = _mm256_fmadd_ps(minima, sum, totals[m]);
             }
         }
     }

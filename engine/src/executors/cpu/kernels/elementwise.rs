@@ -48,23 +48,27 @@ fn round_to_i32(x: f32) -> i32 {
     (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
 }
 
+/// `a * b + c`, rounded once if the machine has an instruction for it.
+#[inline(always)]
+fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
 /// e^x to a few units in the last place; 0 below -87, never infinite.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+fn exp<const FUSED: bool>(x: f32) -> f32 {
+    let add = multiply_add::<FUSED>;
     let x = if x > 88.0 { 88.0 } else { x };
-    let n = round_to_i32(x * std::f32::consts::LOG2_E);
-    let n_float = n as f32;
+    let n = add(x, std::f32::consts::LOG2_E, ROUND);
+    let exponent = n.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    let n = n - ROUND;
     // ln 2 in two parts, the first short enough for exact products (Cody and Waite).
-    let r = (x - n_float * 0.693_359_4) + n_float * 2.121_944_4e-4;
+    let r = add(n, 2.121_944_4e-4, add(n, -0.693_359_4, x));
     let mut p = 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
-    let two_to_n = f32::from_bits((n.wrapping_add(127) << 23) as u32);
-    if x < -87.0 { 0.0 } else { p * two_to_n }
+    for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = add(p, r, coefficient);
+    }
+    if x < -87.0 { 0.0 } else { p * f32::from_bits(exponent) }
 }
 
 #[inline(always)]
@@ -111,21 +115,21 @@ pub unsafe fn quantize(x: &[f32], (width, row): (usize, usize), block: Quantized
 }
 
 #[inline(always)]
-pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub fn silu_mul<const FUSED: bool>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
+        *out = gate / (1.0 + exp::<FUSED>(-gate)) * up;
     }
 }
 
 #[inline(always)]
-pub fn softmax(scores: &mut [f32], max_so_far: f32) -> (f32, f32) {
+pub fn softmax<const FUSED: bool>(scores: &mut [f32], max_so_far: f32) -> (f32, f32) {
     let max = max_of(scores, max_so_far);
     if max == f32::NEG_INFINITY {
         scores.fill(0.0);
         return (max, 0.0);
     }
     for score in scores.iter_mut() {
-        *score = exp(*score - max);
+        *score = exp::<FUSED>(*score - max);
     }
     (max, sum_of(scores, |v| v))
 }

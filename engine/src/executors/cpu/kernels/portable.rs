@@ -2,7 +2,9 @@
 
 use half::{bf16, f16};
 
-use super::{ActivationBlock, FloatType, Kernels, Operand, Output, TILE_COLS, TILE_ROWS, elementwise};
+use super::{
+    ActivationBlock, Expanded, ExpandedGroup, FloatType, Kernels, Operand, Output, TILE_COLS, TILE_ROWS, elementwise,
+};
 use crate::{
     executors::cpu::packed::{ROWS, block_bytes, position, scales_offset},
     quant::{Codes, GROUP},
@@ -11,12 +13,14 @@ use crate::{
 pub static KERNELS: Kernels = Kernels {
     name: "portable",
     affine,
+    expand,
+    expanded,
     dots,
     tile,
     rms_norm: elementwise::rms_norm,
     quantize: elementwise::quantize,
-    silu_mul: elementwise::silu_mul,
-    softmax: elementwise::softmax,
+    silu_mul: elementwise::silu_mul::<false>,
+    softmax: elementwise::softmax::<false>,
     rotate: elementwise::rotate,
     scale: elementwise::scale,
     to_f16,
@@ -36,35 +40,53 @@ unsafe fn put(out: Output, m: usize, n: usize, value: f32) {
 }
 
 unsafe fn affine(codes: Codes, group: &[u8], activations: &ActivationBlock<'_>, out: Output) {
-    let width = activations.width;
-    let mut sums = [[0f32; ROWS]; super::MAX_WIDTH];
+    let n_blocks = group.len() / block_bytes(codes);
+    let (mut integers, mut scales, mut minima) =
+        (vec![0; n_blocks * ROWS * GROUP], vec![0.0; n_blocks * ROWS], vec![0.0; n_blocks * ROWS]);
+    expand(codes, group, &mut Expanded { codes: &mut integers, scales: &mut scales, minima: &mut minima });
+    // SAFETY: the caller's promise.
+    unsafe { expanded(&ExpandedGroup { codes: &integers, scales: &scales, minima: &minima }, activations, out) }
+}
+
+fn expand(codes: Codes, group: &[u8], out: &mut Expanded<'_>) {
     for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
         let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         for row in 0..ROWS {
-            let mut weights = [0i32; GROUP];
-            for (column, weight) in weights.iter_mut().enumerate() {
+            for column in 0..GROUP {
                 let (byte, shift) = position(codes, row, column);
-                *weight = match codes {
-                    Codes::Bytes => i32::from(block[byte] as i8),
-                    _ => i32::from(block[byte] >> shift & 15),
+                let place = ((b * GROUP + column) / 2 * ROWS + row) * 2 + column % 2;
+                out.codes[place] = match codes {
+                    Codes::Bytes => i16::from(block[byte] as i8),
+                    _ => i16::from(block[byte] >> shift & 15),
                 };
             }
             let at = scales_offset(codes) + 2 * row;
             let scale = half(at);
-            let minimum = match codes {
+            out.scales[b * ROWS + row] = scale;
+            out.minima[b * ROWS + row] = match codes {
                 Codes::NibblesWithMinimum => half(at + 2 * ROWS),
                 Codes::NibblesAroundEight => -8.0 * scale,
                 Codes::Bytes => 0.0,
             };
-            for (m, sums) in sums.iter_mut().take(width).enumerate() {
-                let dot: i32 = (0..GROUP)
-                    .map(|column| {
-                        let pair = b * GROUP / 2 + column / 2;
-                        weights[column] * i32::from(activations.codes[(pair * width + m) * 2 + column % 2])
-                    })
-                    .sum();
-                let (act_scale, act_sum) = (activations.scales[b * width + m], activations.sums[b * width + m]);
-                sums[row] += dot as f32 * (scale * act_scale) + minimum * act_sum;
+        }
+    }
+}
+
+unsafe fn expanded(group: &ExpandedGroup<'_>, activations: &ActivationBlock<'_>, out: Output) {
+    let width = activations.width;
+    let mut sums = [[0f32; ROWS]; super::MAX_WIDTH];
+    for b in 0..group.scales.len() / ROWS {
+        let pairs = b * GROUP / 2..(b + 1) * GROUP / 2;
+        for (m, sums) in sums.iter_mut().take(width).enumerate() {
+            let (scale, sum) = (activations.scales[b * width + m], activations.sums[b * width + m]);
+            for (row, total) in sums.iter_mut().enumerate() {
+                let product = |pair: usize, parity: usize| {
+                    let x = activations.codes[(pair * width + m) * 2 + parity];
+                    i32::from(group.codes[(pair * ROWS + row) * 2 + parity]) * i32::from(x)
+                };
+                let dot: i32 = pairs.clone().map(|pair| product(pair, 0) + product(pair, 1)).sum();
+                let at = b * ROWS + row;
+                *total += dot as f32 * (group.scales[at] * scale) + group.minima[at] * sum;
             }
         }
     }
