@@ -4,12 +4,13 @@ use std::{cell::RefCell, ops::Range};
 
 use super::{
     activations::Activations,
+    arena::Arena,
     disjoint::Disjoint,
     kernels::{ActivationBlock, DOT_ROWS, DOT_WIDTH, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Output},
     packed::{PackedMatrix, ROWS},
     pool::Pool,
 };
-use crate::{quant::GROUP, weights::StoredTensor};
+use crate::{Error, quant::GROUP, weights::StoredTensor};
 
 /// Bytes of weights that a task reads: they stay in the L2 cache while all activations pass.
 const TASK_BYTES: usize = 128 * 1024;
@@ -17,7 +18,7 @@ const TASK_BYTES: usize = 128 * 1024;
 const TASKS_PER_THREAD: usize = 6;
 
 /// From this many rows of activations on, groups are decoded once for all of them.
-const EXPAND_FROM: usize = 3 * MAX_WIDTH;
+const EXPAND_FROM: usize = MAX_WIDTH + 1;
 /// Codes that are decoded at once: with them, a block of activations meets weights from the L2 cache.
 const EXPANDED_CODES: usize = 80 * 1024;
 
@@ -70,11 +71,18 @@ impl Matrix {
 
 impl Linear {
     /// The product with `tensors`, `[n, n_cols]` each, one below the other; `bias`: one element per row.
-    pub fn new(tensors: Vec<StoredTensor>, bias: Option<Vec<f32>>, n_threads: usize) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is no memory left for packed weights.
+    pub fn new(
+        tensors: Vec<StoredTensor>,
+        bias: Option<Vec<f32>>,
+        (arena, n_threads): (&mut Arena, usize),
+    ) -> Result<Self, Error> {
         let mut parts = Vec::with_capacity(tensors.len());
         let mut first_row = 0;
         for tensor in tensors {
-            let packed = PackedMatrix::pack(&tensor.view());
+            let packed = PackedMatrix::pack(&tensor.view(), arena)?;
             let matrix = packed.map_or(Matrix::Stored(tensor), Matrix::Packed);
             let n_rows = matrix.n_rows();
             parts.push(Part { first_row, matrix });
@@ -90,7 +98,7 @@ impl Linear {
                 tasks.push(Task { part: i, groups: first..(first + per_task).min(n_groups) });
             }
         }
-        Self { parts, tasks, n_rows: first_row, bias }
+        Ok(Self { parts, tasks, n_rows: first_row, bias })
     }
 
     /// Columns of the result.
@@ -300,7 +308,7 @@ mod tests {
         let weights: Vec<f32> = tensors.iter().flat_map(|t| t.view().to_f32().into_owned()).collect();
         let n_rows = weights.len() / n_cols;
         let bias = noise(n_rows, 3);
-        let linear = Linear::new(tensors, Some(bias.clone()), 2);
+        let linear = Linear::new(tensors, Some(bias.clone()), (&mut Arena::default(), 2)).expect("memory");
         let mut pool = Pool::new(2).expect("threads");
         for kernels in Kernels::available() {
             for n_tokens in [1, 2, 3, 5, 8, 9, 45] {
@@ -320,6 +328,29 @@ mod tests {
                 for (got, want) in out.iter().zip(&expected) {
                     assert!((f64::from(*got) - 2.0 * want).abs() / scale < 2.0 * tolerance, "accumulated");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_batch() {
+        let tensors = vec![quantised(3, 24, 64), quantised(2, 8, 64), quantised(8, 21, 64), floats(DType::F16, 7, 64)];
+        let linear = Linear::new(tensors, None, (&mut Arena::default(), 2)).expect("memory");
+        let mut pool = Pool::new(2).expect("threads");
+        let values = noise(45 * 64, 5);
+        for kernels in Kernels::available() {
+            let mut product = |rows: Range<usize>| {
+                let mut x = Activations::new(45, 64, true);
+                let fill = |m: usize, row: &mut [f32]| row.copy_from_slice(&values[(rows.start + m) * 64..][..64]);
+                x.fill(&mut pool, kernels, rows.len(), &fill);
+                let mut out = vec![0.0; rows.len() * linear.n_rows()];
+                linear.run(&mut pool, kernels, &x, (&mut out, false));
+                out
+            };
+            let whole = product(0..45);
+            for rows in [0..1, 7..15, 20..41] {
+                let part = &whole[rows.start * linear.n_rows()..rows.end * linear.n_rows()];
+                assert_eq!(part, product(rows.clone()), "{}: rows {rows:?}", kernels.name);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The CPU executor: weights as they are stored, vector instructions, one pool of threads.
 
 mod activations;
+mod arena;
 mod attention;
 mod disjoint;
 mod kernels;

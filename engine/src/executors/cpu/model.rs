@@ -2,6 +2,7 @@
 
 use super::{
     activations::Activations,
+    arena::Arena,
     attention::{Attention, AttentionInput, AttentionPlan},
     disjoint::Disjoint,
     kernels::Kernels,
@@ -82,10 +83,10 @@ impl CpuModel {
         capacity: &Capacity,
         (kernels, pool): (&'static Kernels, Pool),
     ) -> Result<Self, Error> {
-        let loader = Loader { spec, weights, n_threads: pool.n_threads() };
+        let mut loader = Loader { spec, weights, arena: Arena::default(), n_threads: pool.n_threads() };
         let embedding = weights.keep(Weight::Embedding)?;
         let head = if spec.tie_embeddings { embedding.clone() } else { weights.keep(Weight::LmHead)? };
-        let lm_head = Linear::new(vec![head], None, pool.n_threads());
+        let lm_head = Linear::new(vec![head], None, (&mut loader.arena, pool.n_threads()))?;
         let layers =
             (0..spec.n_layers).map(|layer| loader.layer(layer, capacity.n_pages)).collect::<Result<Vec<_>, _>>()?;
 
@@ -251,31 +252,36 @@ impl Layer {
 struct Loader<'a> {
     spec: &'a DecoderSpec,
     weights: &'a dyn WeightSource,
+    arena: Arena,
     n_threads: usize,
 }
 
 impl Loader<'_> {
-    fn layer(&self, layer: usize, n_pages: usize) -> Result<Layer, Error> {
+    fn layer(&mut self, layer: usize, n_pages: usize) -> Result<Layer, Error> {
         use LayerWeight::*;
         let of = |w: LayerWeight| Weight::Layer(layer, w);
-        let linear = |weights: &[LayerWeight], biases: &[LayerWeight]| self.linear(layer, weights, biases);
+        let mut linear = |weights: &[LayerWeight], biases: &[LayerWeight]| self.linear(layer, weights, biases);
+        let qkv = linear(&[QProj, KProj, VProj], &[QBias, KBias, VBias])?;
+        let o = linear(&[OProj], &[OBias])?;
+        let gate_up = linear(&[GateProj, UpProj], &[GateBias, UpBias])?;
+        let down = linear(&[DownProj], &[DownBias])?;
         Ok(Layer {
             input_norm: self.values(of(InputNorm))?,
-            qkv: linear(&[QProj, KProj, VProj], &[QBias, KBias, VBias])?,
+            qkv,
             qk_norm: match self.spec.qk_norm {
                 true => Some((self.values(of(QNorm))?, self.values(of(KNorm))?)),
                 false => None,
             },
-            o: linear(&[OProj], &[OBias])?,
+            o,
             post_attention_norm: self.values(of(PostAttentionNorm))?,
-            gate_up: linear(&[GateProj, UpProj], &[GateBias, UpBias])?,
-            down: linear(&[DownProj], &[DownBias])?,
+            gate_up,
+            down,
             cache: KvCache::new(KvLayout::new(self.spec), n_pages),
         })
     }
 
     /// The projections `weights`, one below the other, with those of `biases` that the model has.
-    fn linear(&self, layer: usize, weights: &[LayerWeight], biases: &[LayerWeight]) -> Result<Linear, Error> {
+    fn linear(&mut self, layer: usize, weights: &[LayerWeight], biases: &[LayerWeight]) -> Result<Linear, Error> {
         let of = |&w: &LayerWeight| Weight::Layer(layer, w);
         let tensors = weights.iter().map(|w| self.weights.keep(of(w))).collect::<Result<Vec<_>, _>>()?;
         let has_bias = biases.iter().any(|w| self.spec.shape(of(w)).is_some());
@@ -286,7 +292,7 @@ impl Loader<'_> {
             }
             false => None,
         };
-        Ok(Linear::new(tensors, bias, self.n_threads))
+        Linear::new(tensors, bias, (&mut self.arena, self.n_threads))
     }
 
     fn values(&self, weight: Weight) -> Result<Vec<f32>, Error> {

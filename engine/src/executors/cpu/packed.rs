@@ -11,7 +11,9 @@
 
 use rayon::prelude::*;
 
+use super::arena::{Arena, Piece};
 use crate::{
+    Error,
     quant::{Affine, Codes, GROUP},
     weights::{DType, TensorView},
 };
@@ -19,17 +21,12 @@ use crate::{
 /// Rows of a group.
 pub const ROWS: usize = 8;
 
-/// A cache line, for its alignment.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// A matrix of integer codes with a scale (and perhaps a minimum) per row and 32 columns.
 pub struct PackedMatrix {
     codes: Codes,
     n_rows: usize,
     n_cols: usize,
-    lines: Vec<Line>,
+    groups: Piece,
 }
 
 /// Bytes of a block: eight rows, 32 columns.
@@ -50,23 +47,29 @@ pub const fn scales_offset(codes: Codes) -> usize {
 }
 
 impl PackedMatrix {
-    /// Packs `tensor`, `[n_rows, n_cols]`; `None` if its type has no [`Affine`] codes.
-    pub fn pack(tensor: &TensorView<'_>) -> Option<Self> {
+    /// Packs `tensor`, `[n_rows, n_cols]`, into `arena`; `None` if its type has no [`Affine`] codes.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is no memory left.
+    pub fn pack(tensor: &TensorView<'_>, arena: &mut Arena) -> Result<Option<Self>, Error> {
         let DType::Quant(format) = tensor.dtype else {
-            return None;
+            return Ok(None);
         };
-        let affine = format.affine()?;
+        let Some(affine) = format.affine() else {
+            return Ok(None);
+        };
         let (n_rows, n_cols) = (tensor.shape[0], tensor.n_columns());
         let group_bytes = n_cols / GROUP * block_bytes(affine.codes);
-        let n_lines = (n_rows.div_ceil(ROWS) * group_bytes).div_ceil(64);
-        let mut lines = vec![Line([0; 64]); n_lines];
-        // SAFETY: lines are plain bytes without padding.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<u8>(), n_lines * 64) };
-        bytes
-            .par_chunks_mut(group_bytes)
-            .zip(tensor.data.par_chunks(ROWS * tensor.row_bytes()))
-            .for_each(|(group, rows)| pack_group(affine, format.block_bytes(), rows, group));
-        Some(Self { codes: affine.codes, n_rows, n_cols, lines })
+        let fill = |bytes: &mut [u8]| {
+            bytes
+                .par_chunks_mut(group_bytes)
+                .zip(tensor.data.par_chunks(ROWS * tensor.row_bytes()))
+                .for_each(|(group, rows)| pack_group(affine, format.block_bytes(), rows, group));
+        };
+        let groups = arena
+            .piece(n_rows.div_ceil(ROWS) * group_bytes, fill)
+            .map_err(|e| Error::Device(format!("no memory for the weights: {e}")))?;
+        Ok(Some(Self { codes: affine.codes, n_rows, n_cols, groups }))
     }
 
     /// What the codes are.
@@ -96,14 +99,12 @@ impl PackedMatrix {
 
     /// The blocks of group `index`.
     pub fn group(&self, index: usize) -> &[u8] {
-        // SAFETY: lines are plain bytes without padding.
-        let bytes = unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<u8>(), self.lines.len() * 64) };
-        &bytes[index * self.group_bytes()..][..self.group_bytes()]
+        &self.groups.bytes()[index * self.group_bytes()..][..self.group_bytes()]
     }
 
     /// Bytes of memory.
     pub fn n_bytes(&self) -> usize {
-        self.lines.len() * 64
+        self.groups.bytes().len()
     }
 }
 
@@ -190,7 +191,7 @@ pub(super) mod tests {
     fn packing_keeps_size_and_values() {
         for (ggml_type, n_rows) in [(2, 16), (3, 16), (8, 16), (3, 13)] {
             let tensor = random_tensor(ggml_type, n_rows, 96, 1);
-            let packed = PackedMatrix::pack(&tensor).expect("has codes");
+            let packed = PackedMatrix::pack(&tensor, &mut Arena::default()).expect("memory").expect("has codes");
             if n_rows == 16 {
                 assert_eq!(packed.n_groups() * packed.group_bytes(), tensor.data.len());
             }

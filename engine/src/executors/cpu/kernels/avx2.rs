@@ -199,26 +199,81 @@ unsafe fn store<const W: usize>(values: &[__m256; W], out: Output) {
     }
 }
 
+/// Bytes between the weights that are read and those that are asked for: what two cores need to stream from memory.
+const PREFETCH: usize = 2048;
+
+/// Asks for the cache lines that lie [`PREFETCH`] behind a block of `N` bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch<const N: usize>(block: *const u8) {
+    for line in (0..N).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PREFETCH + line).cast());
+    }
+}
+
+/// Decodes the codes of a block: 16 vectors of pairs.
+///
+/// # Safety
+/// A block of nibbles.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn decode_nibbles(block: *const u8) -> [__m256i; 16] {
+    let mask = _mm256_set1_epi16(15);
+    let mut pairs = [_mm256_setzero_si256(); 16];
+    for (j, pairs) in pairs.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        // SAFETY: the caller gives four vectors.
+        let words = unsafe { _mm256_loadu_si256(block.add(32 * j).cast()) };
+        *pairs = [
+            _mm256_and_si256(words, mask),
+            _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask),
+            _mm256_and_si256(_mm256_srli_epi16::<8>(words), mask),
+            _mm256_srli_epi16::<12>(words),
+        ];
+    }
+    pairs
+}
+
+/// Decodes the codes of a block: 16 vectors of pairs.
+///
+/// # Safety
+/// A block of bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn decode_bytes(block: *const u8) -> [__m256i; 16] {
+    let mut pairs = [_mm256_setzero_si256(); 16];
+    for (j, pairs) in pairs.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        // SAFETY: the caller gives eight vectors.
+        let words = unsafe { _mm256_loadu_si256(block.add(32 * j).cast()) };
+        *pairs = [_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(words)), _mm256_srai_epi16::<8>(words)];
+    }
+    pairs
+}
+
+/// Adds the products of a block's 16 vectors of pairs with `W` rows of activations.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply_block<const W: usize>(weights: [__m256i; 16], pairs: *const i32) -> [__m256i; W] {
+    let mut sums = [_mm256_setzero_si256(); W];
+    // With many rows, sums take the registers: from memory, decoded weights cost a load each and no more.
+    let in_memory = if W >= 4 { std::hint::black_box(&weights) } else { &weights };
+    for (i, &weights) in in_memory.iter().enumerate() {
+        // SAFETY: the caller gives 16 pairs of `W` rows.
+        unsafe { multiply_pairs::<W>(weights, pairs.add(i * W), &mut sums) };
+    }
+    sums
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn nibbles<const W: usize, const MINIMUM: bool>(group: &[u8], x: &ActivationBlock<'_>, out: Output) {
     let codes = if MINIMUM { Codes::NibblesWithMinimum } else { Codes::NibblesAroundEight };
-    let mask = _mm256_set1_epi16(15);
     let mut totals = [_mm256_setzero_ps(); W];
-    let mut pairs: *const i32 = x.codes.as_ptr().cast();
     for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
         let block = block.as_ptr();
-        let mut sums = [_mm256_setzero_si256(); W];
+        prefetch::<{ block_bytes(Codes::NibblesWithMinimum) }>(block);
         // SAFETY: a block has four vectors of codes, then scales and minima; `Kernels::affine` checked that there are
         // 16 pairs, a scale and a sum for each block and row of activations.
         unsafe {
-            for j in 0..4 {
-                let words = _mm256_loadu_si256(block.add(32 * j).cast());
-                multiply_pairs::<W>(_mm256_and_si256(words, mask), pairs, &mut sums);
-                multiply_pairs::<W>(_mm256_and_si256(_mm256_srli_epi16::<4>(words), mask), pairs.add(W), &mut sums);
-                multiply_pairs::<W>(_mm256_and_si256(_mm256_srli_epi16::<8>(words), mask), pairs.add(2 * W), &mut sums);
-                multiply_pairs::<W>(_mm256_srli_epi16::<12>(words), pairs.add(3 * W), &mut sums);
-                pairs = pairs.add(4 * W);
-            }
+            let sums = multiply_block::<W>(decode_nibbles(block), x.codes.as_ptr().cast::<i32>().add(b * 16 * W));
             let scales = load_halves(block.add(scales_offset(codes)));
             let minima = if MINIMUM {
                 load_halves(block.add(scales_offset(codes) + 16))
@@ -240,19 +295,12 @@ unsafe fn nibbles<const W: usize, const MINIMUM: bool>(group: &[u8], x: &Activat
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn bytes<const W: usize>(group: &[u8], x: &ActivationBlock<'_>, out: Output) {
     let mut totals = [_mm256_setzero_ps(); W];
-    let mut pairs: *const i32 = x.codes.as_ptr().cast();
     for (b, block) in group.chunks_exact(block_bytes(Codes::Bytes)).enumerate() {
         let block = block.as_ptr();
-        let mut sums = [_mm256_setzero_si256(); W];
-        // SAFETY: as in `nibbles`, with eight vectors of codes.
+        prefetch::<{ block_bytes(Codes::Bytes) }>(block);
+        // SAFETY: as in `nibbles`, with eight vectors of codes and no minima.
         unsafe {
-            for j in 0..8 {
-                let words = _mm256_loadu_si256(block.add(32 * j).cast());
-                let low = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(words));
-                multiply_pairs::<W>(low, pairs, &mut sums);
-                multiply_pairs::<W>(_mm256_srai_epi16::<8>(words), pairs.add(W), &mut sums);
-                pairs = pairs.add(2 * W);
-            }
+            let sums = multiply_block::<W>(decode_bytes(block), x.codes.as_ptr().cast::<i32>().add(b * 16 * W));
             let scales = load_halves(block.add(scales_offset(Codes::Bytes)));
             for m in 0..W {
                 let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
@@ -266,31 +314,16 @@ unsafe fn bytes<const W: usize>(group: &[u8], x: &ActivationBlock<'_>, out: Outp
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn expand(codes: Codes, group: &[u8], out: &mut Expanded<'_>) {
-    let mask = _mm256_set1_epi16(15);
-    let mut to: *mut __m256i = out.codes.as_mut_ptr().cast();
+    let to: *mut __m256i = out.codes.as_mut_ptr().cast();
     for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
         let block = block.as_ptr();
+        prefetch::<{ block_bytes(Codes::NibblesWithMinimum) }>(block);
         // SAFETY: a block has four or eight vectors of codes, then scales and minima; `Kernels::expand` checked that
         // there is room for 16 vectors of integers, a scale and a minimum of eight rows for each block.
         unsafe {
-            let mut put = |vector: __m256i| {
-                _mm256_storeu_si256(to, vector);
-                to = to.add(1);
-            };
-            if codes == Codes::Bytes {
-                for j in 0..8 {
-                    let words = _mm256_loadu_si256(block.add(32 * j).cast());
-                    put(_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(words)));
-                    put(_mm256_srai_epi16::<8>(words));
-                }
-            } else {
-                for j in 0..4 {
-                    let words = _mm256_loadu_si256(block.add(32 * j).cast());
-                    put(_mm256_and_si256(words, mask));
-                    put(_mm256_and_si256(_mm256_srli_epi16::<4>(words), mask));
-                    put(_mm256_and_si256(_mm256_srli_epi16::<8>(words), mask));
-                    put(_mm256_srli_epi16::<12>(words));
-                }
+            let pairs = if codes == Codes::Bytes { decode_bytes(block) } else { decode_nibbles(block) };
+            for (i, &pairs) in pairs.iter().enumerate() {
+                _mm256_storeu_si256(to.add(16 * b + i), pairs);
             }
             let scales = load_halves(block.add(scales_offset(codes)));
             let minima = match codes {
