@@ -269,7 +269,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
             max_model_len = info.max_model_len,
             max_num_seqs = info.max_num_seqs,
             load_seconds = (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
-            address = socket.url(),
+            address = %socket.url(),
             "ready"
         );
         let app = App::new(Arc::new(engine), config.app);

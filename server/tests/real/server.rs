@@ -71,6 +71,7 @@ impl Server {
             if let Some((_, address)) = line.split_once("address=http://") {
                 break address.split_whitespace().next().unwrap().parse().unwrap();
             }
+            assert!(!line.contains("kv_tokens="), "the line that says ready names no address: {line}");
             seen.push_str(&line);
         };
         // A full pipe would stop the server.
