@@ -495,7 +495,7 @@ unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>
         match n_rows {
             1 => tile_of::<1, 4>(depth, a, b, out),
             2 => tile_of::<2, 2>(depth, a, b, out),
-            3 => tile_of::<3, 2>(depth, a, b, out),
+            3 => tile_of::<3, 1>(depth, a, b, out),
             4 => tile_of::<4, 1>(depth, a, b, out),
             5 => tile_of::<5, 1>(depth, a, b, out),
             _ => tile_of::<6, 1>(depth, a, b, out),
@@ -504,7 +504,7 @@ unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>
 }
 
 /// `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
-/// each, so fewer than eight sums leave the units idle.
+/// each, so fewer than eight sums leave the units idle. (Three rows twice spill registers and are slower.)
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile_of<const R: usize, const U: usize>(depth: usize, a: Operand<f32>, b: Operand<u16>, out: Output) {
     let mut sums = [[[_mm256_setzero_ps(); 2]; R]; U];
