@@ -18,7 +18,7 @@ const TASK_BYTES: usize = 128 * 1024;
 const TASKS_PER_THREAD: usize = 6;
 
 /// From this many rows of activations on, groups are decoded once for all of them.
-const EXPAND_FROM: usize = MAX_WIDTH + 1;
+const EXPAND_FROM: usize = 3 * MAX_WIDTH + 1;
 /// Codes that are decoded at once: with them, a block of activations meets weights from the L2 cache.
 const EXPANDED_CODES: usize = 80 * 1024;
 

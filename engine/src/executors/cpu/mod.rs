@@ -1,15 +1,17 @@
 //! The CPU executor: weights as they are stored, vector instructions, one pool of threads.
+//!
+//! Its parts are public for the benchmarks in engine/benches/cpu.rs.
 
-mod activations;
-mod arena;
-mod attention;
+pub mod activations;
+pub mod arena;
+pub mod attention;
 mod disjoint;
-mod kernels;
-mod kv_cache;
-mod linear;
+pub mod kernels;
+pub mod kv_cache;
+pub mod linear;
 mod model;
 mod packed;
-mod pool;
+pub mod pool;
 #[cfg(test)]
 mod tests;
 
