@@ -147,7 +147,7 @@ impl App {
     where
         B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let body = if route.takes_json {
+        let body = if route.takes_json() {
             check_content_type(&parts.headers)?;
             read_body(body).await?
         } else {
