@@ -1,6 +1,6 @@
 //! Owns the distributions that prompt and answer lengths are drawn from.
 
-use rand::{Rng, RngExt};
+use rand::{Rng, RngExt, seq::SliceRandom};
 use rand_distr::{Distribution, LogNormal};
 
 use crate::{Error, Result};
@@ -39,6 +39,17 @@ impl Lengths {
                 }
             }
         }
+    }
+
+    /// `n` lengths, one from each of `n` equally likely slices of the distribution, in random order: even a few requests
+    /// have its mean and its tail (stratified sampling).
+    pub fn stratified(&self, n: usize, rng: &mut impl Rng) -> Vec<u32> {
+        const DRAWS_OF_A_SLICE: usize = 64;
+        let mut draws: Vec<u32> = (0..n * DRAWS_OF_A_SLICE).map(|_| self.sample(rng)).collect();
+        draws.sort_unstable();
+        let mut lengths: Vec<u32> = draws.chunks(DRAWS_OF_A_SLICE).map(|slice| slice[slice.len() / 2]).collect();
+        lengths.shuffle(rng);
+        lengths
     }
 
     /// The same distribution with its clip narrowed to `min..=max`.
@@ -146,6 +157,21 @@ mod tests {
         check(LONGALPACA.prompt, 9_700.0);
         check(LONGALPACA.output, 310.0);
         check(Lengths::Uniform { min: 10, max: 30 }, 20.0);
+    }
+
+    #[test]
+    fn few_lengths_have_the_mean_of_many() {
+        let mut rng = StdRng::seed_from_u64(5);
+        for (lengths, mean) in [(OPENQA.output, 365.0), (LONGALPACA.prompt, 9_700.0)] {
+            for n in [5, 64] {
+                let sum: u32 = lengths.stratified(n, &mut rng).iter().sum();
+                let got = f64::from(sum) / n as f64;
+                assert!((got / mean - 1.0).abs() < 0.1, "{n} lengths have the mean {got}, not {mean}");
+            }
+        }
+        let spread = LONGALPACA.prompt.stratified(20, &mut rng);
+        assert_eq!(spread.iter().filter(|&&length| length < 3_000).count(), 5);
+        assert_ne!(spread, LONGALPACA.prompt.stratified(20, &mut rng));
     }
 
     #[test]

@@ -107,7 +107,8 @@ fn neither_batching_nor_caching_nor_preemption_changes_the_ids() {
     drop(engine);
 
     // 12 pages for eight sequences of two to four pages each: some must be put back and computed again.
-    let page_bytes = 16 * 2 * 30 * 3 * 64 * 4;
+    // Half-precision keys and values.
+    let page_bytes = 16 * 2 * 30 * 3 * 64 * 2;
     let scarce = EngineConfig { kv_cache_memory_bytes: Some(12 * page_bytes), max_model_len: Some(128), ..config() };
     let engine = Engine::load(model_path(), scarce).expect("the model loads");
     let preempted = token_ids(&engine.generate(PROMPTS, &greedy()).expect("generates"));

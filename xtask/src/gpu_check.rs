@@ -30,7 +30,7 @@ pub struct GpuCheckArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     gpu: u32,
     /// Only these parts.
-    #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,sanitizer,speed")]
+    #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,reference,sanitizer,speed")]
     only: Vec<Part>,
     /// Of the speed loads, only those whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
@@ -46,6 +46,8 @@ enum Part {
     Doctor,
     /// Each kernel against its float32 reference.
     Kernels,
+    /// Tiny checkpoints against `transformers` in float32; needs Python with torch and transformers.
+    Reference,
     /// The kernel tests under compute-sanitizer.
     Sanitizer,
     /// The loads, over HTTP.
@@ -142,7 +144,7 @@ const LOADS: &[Load] = &[
         model: &LLAMA_3_1_8B,
         distribution: "longalpaca",
         parallel: 1,
-        number: 4,
+        number: 8,
         is_streamed: true,
         bars: &[output_tok_s(150.0), at_most_ms("TTFT p50 ms", TTFT_P50, 260.0)],
     },
@@ -227,6 +229,9 @@ pub fn run(args: &GpuCheckArgs) -> Result<()> {
     if args.only.contains(&Part::Kernels) {
         outcome.add_verdict("kernel tests", check.ember(&["cuda-test"]));
     }
+    if args.only.contains(&Part::Reference) {
+        outcome.add_verdict("transformers", check.reference());
+    }
     if args.only.contains(&Part::Sanitizer) {
         for tool in ["memcheck", "racecheck"] {
             outcome.add_verdict(tool, check.sanitize(tool));
@@ -265,6 +270,17 @@ impl Check<'_> {
         println!("\n== ember {}", args.join(" "));
         let mut command = self.command(&self.args.bin_dir.join("ember"));
         child::run_ok(command.args(args), &self.interrupt, &format!("ember {}", args[0]))
+    }
+
+    fn reference(&self) -> Result<()> {
+        println!("\n== against transformers");
+        let dir = self.args.out.join("reference");
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let script = dir.join("transformers_check.py");
+        fs::write(&script, include_str!("../reference/transformers_check.py"))?;
+        let mut command = self.command(Path::new("python3"));
+        command.arg(&script).arg(self.args.bin_dir.join("ember")).arg(&dir);
+        child::run_ok(&mut command, &self.interrupt, "the comparison with transformers")
     }
 
     fn sanitize(&self, tool: &str) -> Result<()> {

@@ -55,9 +55,9 @@ fn samples(n: usize, options: &DataOptions) -> Result<Vec<Sample>> {
     // two share even one page of a prefix cache.
     let start = rng.random_range(0..vocab_size);
     let first = |i: usize| ((u64::from(start) + i as u64) % u64::from(vocab_size)) as u32;
-    let samples = (0..n).map(|i| {
-        let n_tokens = shape.prompt.sample(&mut rng) as usize;
-        let output_tokens = shape.output.sample(&mut rng);
+    let lengths = shape.prompt.stratified(n, &mut rng).into_iter().zip(shape.output.stratified(n, &mut rng));
+    let samples = lengths.enumerate().map(|(i, (n_tokens, output_tokens))| {
+        let n_tokens = n_tokens as usize;
         let mut ids = Vec::with_capacity(n_tokens);
         ids.push(first(i));
         ids.extend((1..n_tokens).map(|_| rng.random_range(0..vocab_size)));

@@ -1,8 +1,12 @@
 //! What runs a step on a device: one trait, one folder per executor.
 
 pub mod burn;
+#[cfg(any(test, feature = "cuda"))]
+mod comparison;
+pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod host_capacity;
 
 use crate::{
     DeviceChoice, EngineConfig, Error,
@@ -76,6 +80,5 @@ pub fn create(
 }
 
 fn on_cpu(spec: &DecoderSpec, weights: &dyn WeightSource, config: &EngineConfig) -> Result<Box<dyn Executor>, Error> {
-    let device = ::burn::tensor::Device::flex();
-    Ok(Box::new(burn::BurnExecutor::new(spec, weights, config, device)?))
+    Ok(Box::new(cpu::CpuExecutor::new(spec, weights, config)?))
 }

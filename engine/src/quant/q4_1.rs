@@ -3,7 +3,7 @@
 //! Layout as in ggml's `block_q4_1`: the scale, the minimum, then 16 bytes whose low halves are
 //! elements 0 to 15 and whose high halves are elements 16 to 31.
 
-use super::{QuantFormat, f16_at};
+use super::{Affine, Codes, GROUP, QuantFormat, f16_at, read_nibbles, u16_at};
 
 /// The Q4_1 format.
 pub struct Q4_1;
@@ -34,6 +34,14 @@ impl QuantFormat for Q4_1 {
                 *high = f32::from(byte >> 4) * scale + minimum;
             }
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+            read_nibbles(&block[4..], codes);
+            (u16_at(block, 0), u16_at(block, 2))
+        };
+        Some(Affine { codes: Codes::NibblesWithMinimum, read })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Layout as in ggml's `block_q8_0`: the scale, then 32 signed bytes.
 
-use super::{QuantFormat, f16_at};
+use super::{Affine, Codes, GROUP, QuantFormat, f16_at, u16_at};
 
 /// The Q8_0 format.
 pub struct Q8_0;
@@ -31,6 +31,14 @@ impl QuantFormat for Q8_0 {
                 *out = f32::from(byte as i8) * scale;
             }
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+            codes.copy_from_slice(bytemuck::cast_slice(&block[2..]));
+            (u16_at(block, 0), 0)
+        };
+        Some(Affine { codes: Codes::Bytes, read })
     }
 }
 

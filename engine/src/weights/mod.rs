@@ -5,7 +5,7 @@ pub mod gguf;
 pub mod safetensors;
 mod tensor;
 
-pub use tensor::{DType, TensorView};
+pub use tensor::{DType, StoredTensor, TensorView};
 
 use crate::{
     Error,
@@ -19,6 +19,14 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// [`Error::Model`] naming the file and the tensor if it is missing or of another shape.
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error>;
+
+    /// The tensor `weight`, to be kept longer than the source; memory-mapped files are not copied.
+    ///
+    /// # Errors
+    /// As [`WeightSource::get`].
+    fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
+        Ok(StoredTensor::new(self.get(weight)?, None))
+    }
 }
 
 /// The weight whose stored element type stands for the whole model's in logs.

@@ -5,12 +5,13 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 
-use super::{DType, TensorView, WeightSource};
+use super::{DType, StoredTensor, TensorView, WeightSource};
 use crate::{
     Error,
     decoder::{DecoderSpec, Weight},
@@ -34,7 +35,7 @@ pub struct SafetensorsSource {
 /// One mapped file.
 struct Shard {
     path: PathBuf,
-    mmap: Mmap,
+    mmap: Arc<Mmap>,
     /// First byte after the header.
     data_start: usize,
     metadata: Metadata,
@@ -67,14 +68,24 @@ impl SafetensorsSource {
     }
 }
 
-impl WeightSource for SafetensorsSource {
-    fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
+impl SafetensorsSource {
+    fn find(&self, weight: Weight) -> Result<(&Shard, TensorView<'_>), Error> {
         let name = (self.tensor_name)(weight);
         let shape = self.spec.shape(weight);
         let shape = shape.ok_or_else(|| Error::model(&self.folder, format!("the model has no tensor '{name}'")))?;
         let shard = self.shard_of.get(&name).map(|&i| &self.shards[i]);
         let shard = shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
-        shard.tensor(&name, shape)
+        Ok((shard, shard.tensor(&name, shape)?))
+    }
+}
+
+impl WeightSource for SafetensorsSource {
+    fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
+        self.find(weight).map(|(_, tensor)| tensor)
+    }
+
+    fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
+        self.find(weight).map(|(shard, tensor)| StoredTensor::new(tensor, Some(&shard.mmap)))
     }
 }
 
@@ -86,7 +97,7 @@ impl Shard {
         let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
         let (header_len, metadata) = SafeTensors::read_metadata(&mmap)
             .map_err(|e| Error::model(path, format!("not a valid safetensors file: {e}")))?;
-        Ok(Self { path: path.to_owned(), mmap, data_start: size_of::<u64>() + header_len, metadata })
+        Ok(Self { path: path.to_owned(), mmap: Arc::new(mmap), data_start: size_of::<u64>() + header_len, metadata })
     }
 
     fn tensor(&self, name: &str, shape: Vec<usize>) -> Result<TensorView<'_>, Error> {

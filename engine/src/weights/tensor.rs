@@ -1,9 +1,9 @@
 //! [`TensorView`]: a stored tensor and its conversion to the element types that executors use.
 
-use std::borrow::Cow;
-use std::fmt;
+use std::{borrow::Cow, fmt, ops::Range, sync::Arc};
 
 use half::{bf16, f16};
+use memmap2::Mmap;
 use rayon::prelude::*;
 
 use crate::quant::QuantFormat;
@@ -84,6 +84,65 @@ pub struct TensorView<'a> {
     pub shape: Vec<usize>,
     /// The elements as stored. Rows are whole: a row never shares a quantised block with the next.
     pub data: Cow<'a, [u8]>,
+}
+
+/// A tensor that outlives its source: a range of a shared memory map, or its own bytes.
+#[derive(Debug, Clone)]
+pub struct StoredTensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: StoredBytes,
+}
+
+#[derive(Debug, Clone)]
+enum StoredBytes {
+    Mapped(Arc<Mmap>, Range<usize>),
+    Owned(Arc<[u8]>),
+}
+
+impl StoredTensor {
+    /// The tensor `view`, without copying if it borrows from `map`.
+    pub fn new(view: TensorView<'_>, map: Option<&Arc<Mmap>>) -> Self {
+        let bytes = match (&view.data, map) {
+            (Cow::Borrowed(data), Some(map)) if map.as_ptr_range().contains(&data.as_ptr()) => {
+                let start = data.as_ptr() as usize - map.as_ptr() as usize;
+                StoredBytes::Mapped(map.clone(), start..start + data.len())
+            }
+            _ => StoredBytes::Owned(view.data.as_ref().into()),
+        };
+        Self { dtype: view.dtype, shape: view.shape, bytes }
+    }
+
+    /// The tensor.
+    pub fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, shape: self.shape.clone(), data: Cow::Borrowed(self.bytes()) }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The elements as stored.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            StoredBytes::Mapped(map, range) => &map[range.clone()],
+            StoredBytes::Owned(bytes) => bytes,
+        }
+    }
+
+    /// `[rows, columns]` or `[n]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Bytes that are not in a memory map.
+    pub fn owned_bytes(&self) -> usize {
+        match &self.bytes {
+            StoredBytes::Mapped(..) => 0,
+            StoredBytes::Owned(bytes) => bytes.len(),
+        }
+    }
 }
 
 impl TensorView<'_> {
@@ -178,7 +237,15 @@ impl TensorView<'_> {
     }
 
     fn decode_chunk(&self, chunk: &[u8], out: &mut [f32]) {
-        match self.dtype {
+        self.dtype.decode(chunk, out);
+    }
+}
+
+impl DType {
+    /// Converts `chunk` to single precision on this thread. `out`: as many elements as `chunk` holds, at most
+    /// [`CHUNK`] for half precision.
+    pub(crate) fn decode(self, chunk: &[u8], out: &mut [f32]) {
+        match self {
             DType::F32 => copy_le(chunk, out, f32::from_le_bytes),
             DType::BF16 => copy_le(chunk, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
             DType::F16 => {

@@ -1,6 +1,9 @@
 //! [`StepBuffers`]: activations and step state, allocated once for the largest step.
 
-use super::{device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, tensor_map::TensorMap};
+use super::{
+    device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm,
+    tensor_map::TensorMap,
+};
 use crate::{Error, decoder::DecoderSpec};
 
 /// Sizes of the largest step.
@@ -41,6 +44,8 @@ pub(super) struct StepBuffers {
     pub(super) gate_up: DeviceBuffer,
     /// bf16 `[T, intermediate]`.
     pub(super) act: DeviceBuffer,
+    /// Parts of a product that the next norm adds to the residual stream, float32 `[parts, T, hidden]`.
+    pub(super) parts: DeviceBuffer,
     /// float32 `[logits_rows, vocab]`.
     pub(super) logits: DeviceBuffer,
     /// Token sampled last for each slot, int32 `[max_seqs]`.
@@ -75,6 +80,7 @@ impl StepBuffers {
             attn_out: zeroed(rows * q * 2, "the attention output")?,
             gate_up: zeroed(rows * 2 * spec.intermediate_size * 2, "the gate and up activations")?,
             act: zeroed(rows * spec.intermediate_size * 2, "the MLP activations")?,
+            parts: zeroed(StreamGemm::max_part_numbers(spec) * 4, "the parts of products")?,
             logits: zeroed(limits.logits_rows() * spec.vocab_size * 4, "the logits")?,
             last_tokens: zeroed(limits.max_seqs * 4, "the last tokens")?,
             partial_out: zeroed(partials * spec.head_dim * 4, "the partial attention results")?,

@@ -36,6 +36,7 @@ sources! {
     ROPE_KV = "rope_kv";
     SILU_MUL = "silu_mul";
     GEMV = "gemv";
+    STREAM_GEMM_SM90 = "stream_gemm_sm90";
     DECODE_ATTENTION = "decode_attention";
     PREFILL_ATTENTION = "prefill_attention";
     PREFILL_ATTENTION_SM90 = "prefill_attention_sm90";
@@ -44,9 +45,10 @@ sources! {
 }
 
 /// Texts that the sources include.
-static HEADERS: [(&CStr, &str); 3] = [
+static HEADERS: [(&CStr, &str); 4] = [
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
+    (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"sampling.cuh", include_str!("kernels/sampling.cuh")),
 ];
 

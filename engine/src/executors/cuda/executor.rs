@@ -11,6 +11,7 @@ use super::{
     buckets::bucket_for,
     device::{Event, Gpu},
     inputs::{StepInputs, StepShape},
+    ops::Contexts,
     sampling::{Sampling, SamplingOutput},
     setup::{self, Setup},
     status::Check,
@@ -37,6 +38,8 @@ pub struct CudaExecutor {
     in_flight: [InFlight; 2],
     next: usize,
     pending: VecDeque<Pending>,
+    /// The block tables on the device, and the pages of a row.
+    uploaded_tables: (Vec<i32>, usize),
     gpu: Gpu,
 }
 
@@ -73,25 +76,39 @@ impl CudaExecutor {
         };
         let in_flight = [slot()?, slot()?];
         let sampling = Sampling::new(&gpu, spec, limits)?;
-        Ok(Self { setup, sampling, in_flight, next: 0, pending: VecDeque::new(), gpu })
+        Ok(Self {
+            setup,
+            sampling,
+            in_flight,
+            next: 0,
+            pending: VecDeque::new(),
+            uploaded_tables: (Vec::new(), 0),
+            gpu,
+        })
     }
 
     /// Puts the packed inputs on the device.
-    fn upload(&self, index: usize, n_bytes: usize, shape: StepShape) -> Result<(), Error> {
-        let inputs = &self.in_flight[index].inputs;
+    fn upload(&mut self, index: usize, n_bytes: usize, shape: StepShape) -> Result<(), Error> {
+        let inputs = &mut self.in_flight[index].inputs;
         let buffers = &self.setup.forward.buffers;
         let stream = self.gpu.cu_stream();
         // SAFETY: source and destination are of the same layout; the source is not written before the step is done.
         unsafe { sys::cuMemcpyHtoDAsync_v2(buffers.inputs.ptr(), inputs.block().cast(), n_bytes, stream) }
             .check("cuMemcpyHtoDAsync")?;
-        if shape.n_blocks == 0 {
+        // A sequence enters a new page every 16 tokens only: a few of them often leave the tables as they were.
+        let tables = &inputs.block_tables()[..shape.n_seqs * shape.n_blocks];
+        let (uploaded, uploaded_blocks) = &mut self.uploaded_tables;
+        if shape.n_blocks == 0 || (*uploaded_blocks == shape.n_blocks && uploaded == tables) {
             return Ok(());
         }
+        uploaded.clear();
+        uploaded.extend_from_slice(tables);
+        *uploaded_blocks = shape.n_blocks;
         let copy = sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
             srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: inputs.block_tables().cast(),
+            srcHost: tables.as_ptr().cast(),
             srcDevice: 0,
             srcArray: std::ptr::null_mut(),
             srcPitch: shape.n_blocks * 4,
@@ -112,7 +129,9 @@ impl CudaExecutor {
     /// Enqueues the forward pass of `step`, logits of the rows to sample included.
     fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
         if let Some(bucket) = bucket {
-            return self.setup.graphs[bucket].launch(&self.gpu);
+            let [short, long] = &self.setup.graphs[bucket];
+            let graph = if Contexts::of(shape.n_blocks) == Contexts::Short { short } else { long };
+            return graph.launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
         forward.chunks(&self.gpu, shape)?;

@@ -1,17 +1,19 @@
 //! [`Forward`]: the launches of one step, from token ids to logits.
 //!
-//! Steps of up to 16 decoding sequences read each weight once through GEMV kernels that do the norms and activations
-//! on the way; larger ones use cuBLASLt with elementwise kernels between.
+//! Steps of a few decoding sequences read each weight once through GEMV kernels that do the norms and activations on the
+//! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
+//! others are cuBLASLt's.
 
 use super::{
     buffers::{KvCache, StepBuffers},
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
-    kernel::Arg::{self, Float, Int, Map, Ptr},
+    kernel::Arg::{self, Float, Int, Long, Map, Ptr},
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
-    ops::{GEMV_ROWS, Gemv, Ops},
+    ops::{Contexts, Gemv, Ops},
+    stream_gemm::{Product, StreamGemm},
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -20,6 +22,8 @@ pub(super) struct Forward {
     pub(super) spec: DecoderSpec,
     pub(super) ops: Ops,
     pub(super) gemm: Gemm,
+    /// On Hopper.
+    pub(super) stream_gemm: Option<StreamGemm>,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -29,6 +33,15 @@ pub(super) struct Forward {
     pub(super) kv: KvCache,
     /// Pages of a row of the block tables.
     pub(super) max_blocks: usize,
+    pub(super) pending: Pending,
+}
+
+/// What the launches so far have left to be added to the residual stream: float32 `[parts, rows, hidden]` in
+/// [`StepBuffers::parts`].
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Pending {
+    parts: usize,
+    rows: usize,
 }
 
 /// Rows of a step, by the kernel that attends them.
@@ -40,45 +53,46 @@ struct Rows {
     n_decode: usize,
     /// Tiles of the other ones.
     n_tiles: usize,
+    /// Of the leading rows.
+    contexts: Contexts,
 }
 
 impl Forward {
-    /// A decode step of `bucket` sequences, logits included. Its launches depend on `bucket` alone, so it can be
+    /// A decode step of `bucket` sequences, logits included. Its launches depend on the arguments alone, so it can be
     /// captured.
-    pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize) -> Result<(), Error> {
+    pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize, contexts: Contexts) -> Result<(), Error> {
         let tokens = self.layout.decode;
-        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0 };
+        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts };
         self.embed(gpu, tokens, bucket)?;
-        for layer in 0..self.spec.n_layers {
-            if bucket <= GEMV_ROWS {
-                self.gemv_layer(gpu, layer, rows)?;
-            } else {
+        if bucket > self.ops.max_gemv_rows() {
+            for layer in 0..self.spec.n_layers {
                 self.gemm_layer(gpu, layer, rows, tokens)?;
             }
+            return self.logits(gpu, 0, bucket);
         }
-        if bucket <= GEMV_ROWS {
-            let s = &self.spec;
-            let args = [
-                Ptr(self.buffers.x.ptr()),
-                Ptr(self.weights.final_norm.ptr()),
-                Float(s.norm_eps),
-                Ptr(self.weights.lm_head()),
-                Ptr(self.buffers.logits.ptr()),
-                Int(s.vocab_size as i32),
-                Ptr(0),
-                Int(bucket as i32),
-            ];
-            let gemv = &self.ops.gemvs(bucket).logits;
-            gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
-        } else {
-            self.logits(gpu, 0, bucket)
+        for layer in 0..self.spec.n_layers {
+            self.gemv_layer(gpu, layer, rows)?;
         }
+        let s = &self.spec;
+        let args = [
+            Ptr(self.buffers.x.ptr()),
+            Ptr(self.weights.final_norm.ptr()),
+            Float(s.norm_eps),
+            Ptr(self.weights.lm_head()),
+            Ptr(self.buffers.logits.ptr()),
+            Int(s.vocab_size as i32),
+            Ptr(0),
+            Int(bucket as i32),
+        ];
+        let gemv = &self.ops.gemvs(bucket).logits;
+        gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
     }
 
     /// Any step, without its logits.
     pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
         let tokens = self.layout.chunk;
-        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles };
+        let contexts = Contexts::of(shape.n_blocks);
+        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles, contexts };
         self.embed(gpu, tokens, shape.n_tokens)?;
         (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
     }
@@ -89,9 +103,12 @@ impl Forward {
             return Ok(());
         }
         self.norm(gpu, self.weights.final_norm.ptr(), rows, n)?;
-        let shape = self.logits_shape(n);
-        let operands = Operands { x: self.buffers.h.ptr(), w: self.weights.lm_head(), y: self.buffers.logits.ptr() };
-        self.gemm.run(gpu, shape, operands)
+        self.product(gpu, (Product::Logits, 0), n)
+    }
+
+    /// Whether a product is one for [`StreamGemm`].
+    pub(super) fn streams(&self, product: Product, n: usize) -> bool {
+        self.stream_gemm.is_some() && StreamGemm::takes(product, n)
     }
 
     /// The products of a layer for `n` rows: q/k/v, o, gate/up, down.
@@ -118,7 +135,8 @@ impl Forward {
         self.buffers.inputs.ptr() + section.offset()
     }
 
-    fn embed(&self, gpu: &Gpu, tokens: TokenSections, n: usize) -> Result<(), Error> {
+    fn embed(&mut self, gpu: &Gpu, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        self.pending = Pending::default();
         let args = [
             Ptr(self.input(tokens.token_ids)),
             Ptr(self.buffers.last_tokens.ptr()),
@@ -129,44 +147,85 @@ impl Forward {
         self.ops.embed.launch(gpu.cu_stream(), self.ops.embed_launch(n), &args)
     }
 
-    fn norm(&self, gpu: &Gpu, weight: u64, rows: u64, n: usize) -> Result<(), Error> {
+    /// Adds what is pending to the residual stream and normalises it to `h`. With `rows`, only theirs, and the stream
+    /// stays as it is.
+    fn norm(&mut self, gpu: &Gpu, weight: u64, rows: u64, n: usize) -> Result<(), Error> {
+        let Pending { parts, rows: pending_rows } = self.pending;
+        let x = self.buffers.x.ptr();
+        let hidden = self.spec.hidden_size;
+        let is_whole = rows == 0;
         let args = [
-            Ptr(self.buffers.x.ptr()),
+            Ptr(x),
+            Ptr(self.buffers.parts.ptr()),
+            Int(parts as i32),
+            Long((pending_rows * hidden) as u64),
+            Ptr(if is_whole && parts > 0 { x } else { 0 }),
             Ptr(weight),
             Ptr(self.buffers.h.ptr()),
-            Int(self.spec.hidden_size as i32),
+            Int(hidden as i32),
             Float(self.spec.norm_eps),
             Ptr(rows),
         ];
+        if is_whole {
+            self.pending = Pending::default();
+        }
         self.ops.rmsnorm.launch(gpu.cu_stream(), self.ops.rmsnorm_launch(n), &args)
+    }
+
+    /// A product of `n` rows, from buffer to buffer.
+    fn product(&mut self, gpu: &Gpu, (product, layer): (Product, usize), n: usize) -> Result<(), Error> {
+        let b = &self.buffers;
+        let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
+        if self.streams(product, n)
+            && let Some(stream_gemm) = &self.stream_gemm
+        {
+            let out = match product {
+                Product::Qkv => b.qkv.ptr(),
+                Product::O | Product::Down => b.parts.ptr(),
+                Product::GateUp => act,
+                Product::Logits => b.logits.ptr(),
+            };
+            let parts = stream_gemm.run(gpu, (product, layer), n, out)?;
+            if matches!(product, Product::O | Product::Down) {
+                self.pending = Pending { parts, rows: n };
+            }
+            return Ok(());
+        }
+        let [qkv, o, gate_up, down] = self.layer_shapes(n);
+        let w = &self.weights.layers[layer];
+        let (shape, operands) = match product {
+            Product::Qkv => (qkv, Operands { x: h, w: w.qkv.ptr(), y: b.qkv.ptr() }),
+            Product::O => (o, Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x }),
+            Product::GateUp => (gate_up, Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() }),
+            Product::Down => (down, Operands { x: act, w: w.down.ptr(), y: x }),
+            Product::Logits => (self.logits_shape(n), Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() }),
+        };
+        self.gemm.run(gpu, shape, operands)?;
+        if product != Product::GateUp {
+            return Ok(());
+        }
+        let inter = self.spec.intermediate_size;
+        let args = [Ptr(self.buffers.gate_up.ptr()), Ptr(act), Int(n as i32), Int(inter as i32)];
+        self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)
     }
 
     fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows, tokens: TokenSections) -> Result<(), Error> {
         let n = rows.n_tokens;
-        let [qkv, o, gate_up, down] = self.layer_shapes(n);
         let w = &self.weights.layers[layer];
         let (input_norm, post_norm) = (w.input_norm.ptr(), w.post_attention_norm.ptr());
-        let weights = [w.qkv.ptr(), w.o.ptr(), w.gate_up.ptr(), w.down.ptr()];
-        let b = &self.buffers;
-        let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
-        let (qkv_out, attn_out, gate_up_out) = (b.qkv.ptr(), b.attn_out.ptr(), b.gate_up.ptr());
-
         self.norm(gpu, input_norm, 0, n)?;
-        self.gemm.run(gpu, qkv, Operands { x: h, w: weights[0], y: qkv_out })?;
+        self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
-            self.decode_attention_rope(gpu, layer, n)?;
+            self.decode_attention_rope(gpu, layer, rows)?;
         } else {
             self.rope_kv(gpu, layer, tokens, n)?;
-            self.decode_attention(gpu, layer, rows.n_decode)?;
+            self.decode_attention(gpu, layer, rows)?;
         }
         self.prefill_attention(gpu, layer, rows.n_tiles)?;
-        self.gemm.run(gpu, o, Operands { x: attn_out, w: weights[1], y: x })?;
+        self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
-        self.gemm.run(gpu, gate_up, Operands { x: h, w: weights[2], y: gate_up_out })?;
-        let inter = self.spec.intermediate_size;
-        let args = [Ptr(gate_up_out), Ptr(act), Int(n as i32), Int(inter as i32)];
-        self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)?;
-        self.gemm.run(gpu, down, Operands { x: act, w: weights[3], y: x })
+        self.product(gpu, (Product::GateUp, layer), n)?;
+        self.product(gpu, (Product::Down, layer), n)
     }
 
     fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
@@ -191,9 +250,9 @@ impl Forward {
         run(&gemvs.qkv, &qkv_args)?;
         if s.qk_norm {
             self.rope_kv(gpu, layer, self.layout.decode, n)?;
-            self.decode_attention(gpu, layer, n)?;
+            self.decode_attention(gpu, layer, rows)?;
         } else {
-            self.decode_attention_rope(gpu, layer, n)?;
+            self.decode_attention_rope(gpu, layer, rows)?;
         }
         let hidden = Int(s.hidden_size as i32);
         run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
@@ -233,26 +292,26 @@ impl Forward {
         self.ops.rope_kv.launch(gpu.cu_stream(), self.ops.rope_kv_launch(n), &args)
     }
 
-    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
+    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
-        args.extend(self.cache_args(layer, n_seqs));
+        args.extend(self.cache_args(layer, rows));
         let kernel = &self.ops.decode_attention_rope;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
     }
 
-    fn decode_attention(&self, gpu: &Gpu, layer: usize, n_seqs: usize) -> Result<(), Error> {
-        if n_seqs == 0 {
+    fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+        if rows.n_decode == 0 {
             return Ok(());
         }
         let mut args = vec![Ptr(self.buffers.qkv.ptr())];
-        args.extend(self.cache_args(layer, n_seqs));
+        args.extend(self.cache_args(layer, rows));
         let kernel = &self.ops.decode_attention;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(n_seqs), &args)
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
     }
 
     /// The arguments that both decode attentions end with.
-    fn cache_args(&self, layer: usize, n_seqs: usize) -> [Arg; 12] {
+    fn cache_args(&self, layer: usize, rows: Rows) -> [Arg; 12] {
         let b = &self.buffers;
         let (k, v) = &self.kv.layers[layer];
         [
@@ -266,7 +325,7 @@ impl Forward {
             Ptr(b.counters.ptr()),
             Int(self.max_blocks as i32),
             Int(self.window()),
-            Int(self.ops.min_pages(n_seqs)),
+            Int(self.ops.min_pages(rows.n_decode, rows.contexts)),
             Float(self.scale()),
         ]
     }

@@ -192,9 +192,9 @@ impl StepInputs {
         self.block.ptr()
     }
 
-    /// Block tables, `[n_seqs, shape.n_blocks]`.
-    pub(super) fn block_tables(&self) -> *const u8 {
-        self.block_tables.ptr()
+    /// Block tables, `[n_seqs, shape.n_blocks]` of the step and more.
+    pub(super) fn block_tables(&mut self) -> &[i32] {
+        self.block_tables.as_mut_slice()
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - [`CudaExecutor`] runs steps: one upload, one graph (decode) or eager launches (prompt chunks), sampled tokens back.
 //! - `setup` prepares it: `load` (weights), `ops` (kernels by model dimensions), `gemm` (cuBLASLt, timed once),
+//!   `stream_gemm` (products of few rows on Hopper),
 //!   `plan` (memory), `graph` (one per batch bucket).
 //! - `forward` is the model: which kernel reads and writes which of `buffers`.
 //! - `inputs` packs a step; `sampling` turns logits into tokens.
@@ -28,6 +29,7 @@ mod sampling;
 mod selftest;
 mod setup;
 mod status;
+mod stream_gemm;
 mod tensor_map;
 
 pub use executor::CudaExecutor;

@@ -15,10 +15,10 @@ const ELEMENTWISE: u32 = 256;
 const GEMV_CHUNKS: usize = 8;
 /// Rows that a GEMV of one batch tile takes.
 pub(super) const BATCH_TILE_ROWS: usize = 8;
-/// Batch tiles of the two sets of GEMVs.
-const BATCH_TILES: [usize; 2] = [1, 2];
-/// Most rows of a GEMV.
-pub(super) const GEMV_ROWS: usize = 16;
+/// Batch tiles of the sets of GEMVs. Hopper has a faster kernel for what the second set takes.
+fn batch_tiles(hopper: bool) -> &'static [usize] {
+    if hopper { &[1] } else { &[1, 2] }
+}
 /// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
 /// Stages of Hopper prefill attention's ring, and its block.
@@ -36,19 +36,22 @@ struct GemvShape {
 }
 
 impl GemvShape {
-    /// For rows of `k` weights: the fastest of those timed on an H100 (docs/log.md), as far as blocks of `max_shared`
-    /// bytes can hold it.
-    fn new(k: usize, batch_tiles: usize, max_shared: u32) -> Self {
+    /// For `n_out` rows of `k` weights: the fastest of those timed on an H100 (docs/log.md), as far as blocks of
+    /// `max_shared` bytes can hold it.
+    fn new((n_out, k): (usize, usize), batch_tiles: usize, max_shared: u32) -> Self {
+        let units = k.div_ceil(8 * GEMV_CHUNKS);
         let fit = |warps: usize, n_stages: usize| {
-            let units = k.div_ceil(8 * GEMV_CHUNKS);
             let mut warps_k = warps;
             while warps_k > 1 && units.div_ceil(warps_k) < n_stages {
                 warps_k /= 2;
             }
             Self { warps, warps_k, n_stages, batch_tiles }
         };
-        let shape = fit(16, 3);
-        if shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared { shape } else { fit(8, 3) }
+        let holds = |shape: &Self| shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared;
+        // A small matrix passes in one deep ring.
+        let deep = Self { warps: 8, warps_k: 8, n_stages: 12, batch_tiles };
+        let is_small = n_out <= 4096 && (8 * 4..=8 * 12).contains(&units);
+        [is_small.then_some(deep), Some(fit(16, 3))].into_iter().flatten().find(holds).unwrap_or_else(|| fit(8, 3))
     }
 
     /// Dynamic shared memory of a block.
@@ -113,8 +116,8 @@ pub(super) struct Ops {
     pub(super) decode_attention: Kernel,
     pub(super) decode_attention_rope: Kernel,
     pub(super) prefill_attention: Kernel,
-    /// For each of [`BATCH_TILES`].
-    gemvs: [Gemvs; 2],
+    /// For each of [`batch_tiles`].
+    gemvs: Vec<Gemvs>,
     /// Whether kernels start before the one ahead of them has ended.
     dependent: bool,
     /// Whether prefill attention is the one written for Hopper.
@@ -129,9 +132,9 @@ pub(super) struct Ops {
 /// The variants to compile, in the order that [`Ops::new`] takes them.
 pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec<Variant> {
     let (head_dim, group, h) = (spec.head_dim, spec.n_heads / spec.n_kv_heads, spec.hidden_size);
-    let gemvs = BATCH_TILES.iter().flat_map(|&tiles| {
-        let of = move |((kind, _), (_, k)): ((&str, &str), (usize, usize))| {
-            GemvShape::new(k, tiles, max_shared).variant(kind, k)
+    let gemvs = batch_tiles(hopper).iter().flat_map(|&tiles| {
+        let of = move |((kind, _), (n_out, k)): ((&str, &str), (usize, usize))| {
+            GemvShape::new((n_out, k), tiles, max_shared).variant(kind, k)
         };
         GEMV_KINDS.into_iter().zip(gemv_sizes(spec)).map(of).collect::<Vec<_>>()
     });
@@ -183,7 +186,7 @@ impl Ops {
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
         let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
             let (n_out, k) = gemv_sizes(spec)[i];
-            let shape = GemvShape::new(k, BATCH_TILES[set], gpu.max_shared);
+            let shape = GemvShape::new((n_out, k), batch_tiles(hopper)[set], gpu.max_shared);
             let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
             kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
             // A tile is 16 rows of weights.
@@ -207,7 +210,7 @@ impl Ops {
             decode_attention,
             decode_attention_rope,
             prefill_attention,
-            gemvs: [gemvs(0)?, gemvs(1)?],
+            gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
             hopper,
             n_sms: gpu.n_sms as usize,
@@ -251,7 +254,12 @@ impl Ops {
         self.launch([(inter / 8).div_ceil(ELEMENTWISE as usize) as u32, n_tokens.min(65_535) as u32, 1], ELEMENTWISE)
     }
 
-    /// The GEMVs for `n_rows` rows, [`GEMV_ROWS`] at most.
+    /// Most rows of a GEMV.
+    pub(super) fn max_gemv_rows(&self) -> usize {
+        self.gemvs.len() * BATCH_TILE_ROWS
+    }
+
+    /// The GEMVs for `n_rows` rows, [`Self::max_gemv_rows`] at most.
     pub(super) fn gemvs(&self, n_rows: usize) -> &Gemvs {
         &self.gemvs[usize::from(n_rows > BATCH_TILE_ROWS)]
     }
@@ -263,15 +271,19 @@ impl Ops {
     }
 
     /// For both decode attentions.
-    pub(super) fn decode_attention_launch(&self, n_seqs: usize) -> Launch {
+    pub(super) fn decode_attention_launch(&self, n_seqs: usize, contexts: Contexts) -> Launch {
         let kv_tiles = kv_tiles(self.n_heads, self.n_kv);
-        let grid = [splits(n_seqs, kv_tiles, self.n_sms).n as u32, kv_tiles as u32, n_seqs as u32];
+        let grid = [self.splits(n_seqs, contexts).n as u32, kv_tiles as u32, n_seqs as u32];
         self.launch(grid, DECODE_WARPS as u32 * 32)
     }
 
     /// Fewest pages of a split, for both decode attentions.
-    pub(super) fn min_pages(&self, n_seqs: usize) -> i32 {
-        splits(n_seqs, kv_tiles(self.n_heads, self.n_kv), self.n_sms).min_pages as i32
+    pub(super) fn min_pages(&self, n_seqs: usize, contexts: Contexts) -> i32 {
+        self.splits(n_seqs, contexts).min_pages as i32
+    }
+
+    fn splits(&self, n_seqs: usize, contexts: Contexts) -> Splits {
+        splits((n_seqs, contexts), kv_tiles(self.n_heads, self.n_kv), self.n_sms)
     }
 
     /// For `prefill_attention`.
@@ -299,21 +311,50 @@ struct Splits {
     min_pages: usize,
 }
 
+/// How long a step's longest context is: decides how decode attention cuts them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Contexts {
+    /// Up to [`Contexts::SHORT_BLOCKS`] pages.
+    Short,
+    /// Any.
+    Long,
+}
+
+impl Contexts {
+    /// Pages of the longest context that is short.
+    pub(super) const SHORT_BLOCKS: usize = 32;
+    /// Both.
+    pub(super) const ALL: [Self; 2] = [Self::Short, Self::Long];
+
+    /// Of a step whose longest block table has `n_blocks` pages.
+    pub(super) fn of(n_blocks: usize) -> Self {
+        if n_blocks <= Self::SHORT_BLOCKS { Self::Short } else { Self::Long }
+    }
+}
+
 /// Enough parts to fill the device with few sequences; with many, only long contexts are cut, so that one of them
-/// among short ones does not keep the others waiting. The fastest of those timed on an H100 (docs/log.md).
-fn splits(n_seqs: usize, kv_tiles: usize, n_sms: usize) -> Splits {
-    let n_blocks = n_seqs * kv_tiles;
-    match n_seqs {
-        ..=8 => Splits { n: (2 * n_sms / n_blocks).clamp(4, 64), min_pages: DECODE_WARPS },
-        9..=16 => Splits { n: 8, min_pages: 16 },
-        _ => Splits { n: 4, min_pages: 32 },
+/// among short ones does not keep the others waiting, and without long ones there are no blocks that would find nothing
+/// to do. The fastest of those timed on an H100 (docs/log.md).
+fn splits((n_seqs, contexts): (usize, Contexts), kv_tiles: usize, n_sms: usize) -> Splits {
+    let fill = (2 * n_sms / (n_seqs * kv_tiles)).clamp(4, 64);
+    let of = |n: usize, min_pages: usize| Splits { n, min_pages };
+    match (contexts, n_seqs) {
+        (Contexts::Short, ..=8) => of(fill.min(8), DECODE_WARPS),
+        (Contexts::Short, 9..=16) => of(2, DECODE_WARPS),
+        (Contexts::Short, _) => of(1, 1),
+        (Contexts::Long, ..=2) => of(fill, DECODE_WARPS),
+        (Contexts::Long, 3..=8) => of(16, 16),
+        (Contexts::Long, 9..=32) => of(16, 64),
+        (Contexts::Long, 33..=64) => of(8, 64),
+        (Contexts::Long, _) => of(4, 32),
     }
 }
 
 /// Most splits of all sequences together, for batches to `max_seqs`.
 pub(super) fn max_seq_splits(spec: &DecoderSpec, max_seqs: usize, n_sms: u32) -> usize {
     let kv_tiles = kv_tiles(spec.n_heads, spec.n_kv_heads);
-    (1..=max_seqs).map(|n| n * splits(n, kv_tiles, n_sms as usize).n).max().unwrap_or(1)
+    let n_splits = |n: usize| Contexts::ALL.map(|contexts| splits((n, contexts), kv_tiles, n_sms as usize).n);
+    (1..=max_seqs).flat_map(|n| n_splits(n).map(|splits| n * splits)).max().unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -322,13 +363,24 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device_and_no_more() {
-        assert_eq!([1, 4, 8, 16, 256].map(|n| splits(n, 8, 132).n), [33, 8, 4, 8, 4]);
+        let n = |contexts| [1, 4, 8, 16, 256].map(|n| splits((n, contexts), 8, 132).n);
+        assert_eq!(n(Contexts::Long), [33, 16, 16, 16, 4]);
+        assert_eq!(n(Contexts::Short), [8, 8, 4, 2, 1]);
+        assert_eq!([1, 32, 33].map(Contexts::of), [Contexts::Short, Contexts::Short, Contexts::Long]);
     }
 
     #[test]
     fn warps_share_long_rows_only() {
-        let warps_k = |k| GemvShape::new(k, 1, 227 << 10).warps_k;
+        let warps_k = |k| GemvShape::new((6144, k), 1, 227 << 10).warps_k;
         // 576 is 9 units of 64: four warps get up to three each, as many as their rings have stages; eight would not.
         assert_eq!([64, 576, 896, 4096, 4864, 14336].map(warps_k), [1, 4, 4, 16, 16, 16]);
+    }
+
+    #[test]
+    fn small_matrices_get_deep_rings_where_they_fit() {
+        let stages = |n_out, k, max_shared: u32| GemvShape::new((n_out, k), 1, max_shared << 10).n_stages;
+        assert_eq!(stages(4096, 4096, 227), 12);
+        assert_eq!([stages(4096, 4096, 99), stages(6144, 4096, 227), stages(4096, 14336, 227)], [3, 3, 3]);
+        assert_eq!(stages(896, 896, 227), 3);
     }
 }

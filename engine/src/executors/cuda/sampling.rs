@@ -215,6 +215,10 @@ impl Sampling {
             let args = [logits, vocab, vocab, params, Arg::Ptr(self.thresholds.ptr())];
             self.threshold.launch(stream, launch(self.cluster as usize, 1024), &args)?;
         }
+        let to = self.host_results[index].ptr();
+        let wants_logprobs = step.samples.iter().any(|row| row.params.logprobs.is_some());
+        // Page-locked memory has one address on both sides: tokens alone go there without a copy.
+        let tokens = if wants_logprobs { self.results.ptr() } else { to as u64 };
         let args = [
             logits,
             vocab,
@@ -223,25 +227,24 @@ impl Sampling {
             Arg::Ptr(self.thresholds.ptr()),
             Arg::Ptr(self.best.ptr()),
             Arg::Ptr(self.counters.ptr()),
-            Arg::Ptr(self.results.ptr()),
+            Arg::Ptr(tokens),
             Arg::Ptr(forward.buffers.last_tokens.ptr()),
         ];
         let n_blocks = (2 * self.n_sms).div_ceil(n).min(self.vocab_size.div_ceil(4096)).max(1);
         self.sample.launch(stream, launch(n_blocks, 256), &args)?;
-        let mut n_bytes = n * 4;
-        if step.samples.iter().any(|row| row.params.logprobs.is_some()) {
-            let request = LogprobsRequest {
-                tokens: self.results.ptr(),
-                n_top: forward.input(forward.layout.n_top),
-                results: self.results.ptr(),
-                layout: self.layout,
-            };
-            self.launch_logprobs(gpu, forward, request, n)?;
-            n_bytes = self.layout.n_bytes();
+        if !wants_logprobs {
+            return Ok(());
         }
-        let to = self.host_results[index].ptr();
+        let request = LogprobsRequest {
+            tokens: self.results.ptr(),
+            n_top: forward.input(forward.layout.n_top),
+            results: self.results.ptr(),
+            layout: self.layout,
+        };
+        self.launch_logprobs(gpu, forward, request, n)?;
         // SAFETY: both sides have this layout; the pinned one is read only after the step's event.
-        unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.results.ptr(), n_bytes, stream) }.check("cuMemcpyDtoHAsync")
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.results.ptr(), self.layout.n_bytes(), stream) }
+            .check("cuMemcpyDtoHAsync")
     }
 
     /// Log-probabilities of the first `n` rows of logits.

@@ -6,14 +6,15 @@ use super::{
     buckets::buckets,
     buffers::{KvCache, StepBuffers, StepLimits, page_bytes},
     device::Gpu,
-    forward::Forward,
+    forward::{Forward, Pending},
     gemm::{Gemm, padded_rows},
     graph::Graph,
     inputs::{Layout, StepShape},
     load::{self, Origin},
     memory::DeviceBuffer,
-    ops::{self, BATCH_TILE_ROWS, Ops},
+    ops::{self, BATCH_TILE_ROWS, Contexts, Ops},
     plan::{self, MemoryInputs},
+    stream_gemm::{Product, StreamGemm, StreamKernels},
 };
 use crate::{
     DTypeChoice, EngineConfig, Error, LoadFormat, decoder::DecoderSpec, executors::Capacity, step::PAGE_SIZE,
@@ -32,8 +33,8 @@ pub(super) struct Setup {
     pub(super) forward: Forward,
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
-    /// Graph of each bucket.
-    pub(super) graphs: Vec<Graph>,
+    /// Graphs of each bucket, for short and for long contexts.
+    pub(super) graphs: Vec<[Graph; 2]>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
     pub(super) description: String,
@@ -123,12 +124,18 @@ pub(super) fn run(
         LoadFormat::Auto => Origin::Source(weights),
     };
     // Kernels compile and the rotation table is made while the weights load.
-    let (ops, table, weights) = std::thread::scope(|scope| {
+    let (ops, stream_kernels, table, weights) = std::thread::scope(|scope| {
         let ops = scope.spawn(|| Ops::new(gpu, spec));
+        let stream_kernels = scope.spawn(|| StreamKernels::new(gpu));
         let table = scope.spawn(|| cos_sin(spec, max_len));
         let weights = load::load(gpu, spec, origin);
         let panicked = || Error::Device("a thread panicked while the model was prepared".into());
-        Ok::<_, Error>((ops.join().map_err(|_| panicked())??, table.join().map_err(|_| panicked())?, weights?))
+        Ok::<_, Error>((
+            ops.join().map_err(|_| panicked())??,
+            stream_kernels.join().map_err(|_| panicked())??,
+            table.join().map_err(|_| panicked())?,
+            weights?,
+        ))
     })?;
     let (free, total) = gpu.memory()?;
     let after_weights = total - free;
@@ -138,16 +145,19 @@ pub(super) fn run(
     let buffers = StepBuffers::new(gpu, spec, limits, &layout)?;
     let cos_sin = DeviceBuffer::new(gpu, table.len() * 4, "the rotation table")?;
     cos_sin.write(gpu, 0, &table)?;
+    let stream_gemm = stream_kernels.map(|kernels| StreamGemm::new(gpu, kernels, spec, &weights, &buffers));
     let mut forward = Forward {
         spec: spec.clone(),
         ops,
         gemm: Gemm::new(gpu)?,
+        stream_gemm: stream_gemm.transpose()?,
         weights,
         buffers,
         layout,
         cos_sin,
         kv: KvCache { layers: Vec::new(), maps: Vec::new() },
         max_blocks: limits.max_blocks,
+        pending: Pending::default(),
     };
     tune(gpu, &mut forward, limits)?;
     run_largest_step(gpu, &mut forward, limits)?;
@@ -157,7 +167,7 @@ pub(super) fn run(
     let inputs = MemoryInputs {
         total,
         used: total - free,
-        reserved: sizes.len() * GRAPH_BYTES,
+        reserved: sizes.len() * Contexts::ALL.len() * GRAPH_BYTES,
         page: 2 * spec.n_layers * page_bytes(spec),
         utilization: config.gpu_memory_utilization,
         kv_bytes: config.kv_cache_memory_bytes,
@@ -225,10 +235,13 @@ fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Erro
     ];
     let (h, logits) = (b.h.ptr(), b.logits.ptr());
     for &m in &sizes {
+        let products = [Product::Qkv, Product::O, Product::GateUp, Product::Down];
         for (i, shape) in forward.layer_shapes(m).into_iter().enumerate() {
-            forward.gemm.tune(gpu, shape, &weights[i], xy[i])?;
+            if !forward.streams(products[i], m) {
+                forward.gemm.tune(gpu, shape, &weights[i], xy[i])?;
+            }
         }
-        if m <= limits.logits_rows() {
+        if m <= limits.logits_rows() && !forward.streams(Product::Logits, m) {
             let shape = forward.logits_shape(m);
             forward.gemm.tune(gpu, shape, &[forward.weights.lm_head()], (h, logits))?;
         }
@@ -258,7 +271,7 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
 }
 
 /// Captures a decode step of every bucket.
-fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Graph>, Error> {
+fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 2]>, Error> {
     let started = Instant::now();
     let slots = forward.layout.decode.slot_mapping;
     let nowhere = vec![-1i32; *sizes.last().expect("at least one bucket")];
@@ -268,12 +281,17 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Grap
         .map(|&bucket| {
             // Once without capturing: libraries load their kernels at first use.
             if bucket == 1 || bucket > BATCH_TILE_ROWS {
-                forward.decode(gpu, bucket)?;
+                forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
-            Graph::capture(gpu, || forward.decode(gpu, bucket))
+            let mut graph = |contexts| Graph::capture(gpu, || forward.decode(gpu, bucket, contexts));
+            Ok([graph(Contexts::Short)?, graph(Contexts::Long)?])
         })
-        .collect::<Result<_, _>>()?;
-    tracing::info!("{} CUDA graphs captured in {:.1} s", sizes.len(), started.elapsed().as_secs_f32());
+        .collect::<Result<_, Error>>()?;
+    tracing::info!(
+        "{} CUDA graphs captured in {:.1} s",
+        sizes.len() * Contexts::ALL.len(),
+        started.elapsed().as_secs_f32()
+    );
     Ok(graphs)
 }

@@ -1,4 +1,5 @@
-//! [`TensorMap`]: how Hopper's copy engine sees a layer's KV cache.
+//! [`TensorMap`]: how Hopper's copy engine sees a matrix: boxes of 64 bf16 columns, swizzled by 128 bytes, zeros past
+//! its ends.
 
 use cudarc::driver::sys;
 
@@ -7,34 +8,69 @@ use crate::Error;
 
 /// Columns of a box: the width of the 128-byte swizzle, in bf16.
 const BOX_COLUMNS: u32 = 64;
+/// Rows of a box of weights.
+const WEIGHT_ROWS: u32 = 128;
+
+/// Misses bring 256 bytes to the L2 cache: 3 to 4 % faster than 128 for weights that stream (docs/log.md).
+const WHOLE_LINES: sys::CUtensorMapL2promotion = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
 
 /// A tensor map, passed to kernels by value.
 pub(super) struct TensorMap(sys::CUtensorMap);
 
+// SAFETY: a description, never changed; the memory it names is the device's.
+unsafe impl Send for TensorMap {}
+
 impl TensorMap {
-    /// The cache at address `cache`, bf16 `[n_rows, head_dim]`, in boxes of 64 columns and one page's 16 rows,
-    /// swizzled by 128 bytes; columns past `head_dim` read as zero.
+    /// A layer's KV cache at address `cache`, bf16 `[n_rows, head_dim]`, in boxes of one page's 16 rows.
     pub(super) fn of_cache(cache: u64, n_rows: usize, head_dim: usize) -> Result<Self, Error> {
+        let promotion = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+        Self::encode(cache, &[head_dim, n_rows], &[head_dim], &[crate::step::PAGE_SIZE as u32], promotion)
+    }
+
+    /// Activations at address `x`, bf16 `[n_rows, k]`, in boxes of `box_rows` rows.
+    pub(super) fn of_activations(x: u64, n_rows: usize, k: usize, box_rows: usize) -> Result<Self, Error> {
+        Self::encode(x, &[k, n_rows], &[k], &[box_rows as u32], WHOLE_LINES)
+    }
+
+    /// Weights at address `w`, bf16 `[n, k]`, in boxes of 128 rows.
+    pub(super) fn of_weights(w: u64, n: usize, k: usize) -> Result<Self, Error> {
+        Self::encode(w, &[k, n], &[k], &[WEIGHT_ROWS], WHOLE_LINES)
+    }
+
+    /// Gate and up weights at address `w`, bf16 `[n, k]`, in boxes of 128 rows: eight of gate, their eight of up, the
+    /// next eight of gate, ...; `n` is a multiple of 16.
+    pub(super) fn of_gated_weights(w: u64, n: usize, k: usize) -> Result<Self, Error> {
+        Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, WEIGHT_ROWS / 16], WHOLE_LINES)
+    }
+
+    /// `dims` and `box_rows` from the innermost out, the box's columns left out; `strides` in elements.
+    fn encode(
+        address: u64,
+        dims: &[usize],
+        strides: &[usize],
+        box_rows: &[u32],
+        promotion: sys::CUtensorMapL2promotion,
+    ) -> Result<Self, Error> {
         // SAFETY: all zeros is a valid value of this plain struct.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        let dims = [head_dim as u64, n_rows as u64];
-        let row_bytes = [head_dim as u64 * 2];
-        let box_dims = [BOX_COLUMNS, crate::step::PAGE_SIZE as u32];
-        let element_strides = [1, 1];
+        let dims: Vec<u64> = dims.iter().map(|&n| n as u64).collect();
+        let strides: Vec<u64> = strides.iter().map(|&n| n as u64 * 2).collect();
+        let box_dims: Vec<u32> = [BOX_COLUMNS].iter().chain(box_rows).copied().collect();
+        let element_strides = vec![1; dims.len()];
         // SAFETY: all pointers are to arrays of the rank's length; the driver copies them.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 dims.len() as u32,
-                cache as *mut std::ffi::c_void,
+                address as *mut std::ffi::c_void,
                 dims.as_ptr(),
-                row_bytes.as_ptr(),
+                strides.as_ptr(),
                 box_dims.as_ptr(),
                 element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                promotion,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }

@@ -14,6 +14,7 @@ use std::{
     collections::HashMap,
     fs::File,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use memmap2::Mmap;
@@ -27,7 +28,7 @@ use crate::{Error, quant};
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
-    mmap: Mmap,
+    mmap: Arc<Mmap>,
     metadata: HashMap<String, Value>,
     tensors: HashMap<String, TensorInfo>,
 }
@@ -53,7 +54,12 @@ impl Gguf {
         // memory-mapped model format; all text taken from the map is checked again when it is used.
         let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
         let header = reader::read_header(&mmap).map_err(|message| Error::model(path, message))?;
-        Ok(Self { path: path.to_owned(), mmap, metadata: header.metadata, tensors: header.tensors })
+        Ok(Self { path: path.to_owned(), mmap: Arc::new(mmap), metadata: header.metadata, tensors: header.tensors })
+    }
+
+    /// The mapped file, shared.
+    pub fn map(&self) -> &Arc<Mmap> {
+        &self.mmap
     }
 
     /// The file.

@@ -6,7 +6,7 @@ use super::Gguf;
 use crate::{
     Error,
     decoder::{DecoderSpec, LayerWeight, Weight},
-    weights::{TensorView, WeightSource},
+    weights::{StoredTensor, TensorView, WeightSource},
 };
 
 /// The weights of a decoder in a GGUF file.
@@ -50,6 +50,10 @@ impl WeightSource for GgufSource {
             tensor.data = Cow::Owned(rotate_half_rows(&tensor, self.spec.head_dim));
         }
         Ok(tensor)
+    }
+
+    fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
+        Ok(StoredTensor::new(self.get(weight)?, Some(self.gguf.map())))
     }
 }
 

@@ -21,7 +21,7 @@
 // the tensor cores do PV of this one, and with PINGPONG takes turns at the tensor cores with its
 // neighbour, so that one's softmax runs under the other's products.
 
-#include "attention.cuh"
+#include "hopper.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -34,11 +34,6 @@
 #ifndef PINGPONG
 #define PINGPONG 1
 #endif
-
-// What cuTensorMapEncodeTiled fills in (CUtensorMap of cuda.h, which NVRTC does not bring).
-struct __align__(64) TensorMap {
-    u64 opaque[16];
-};
 
 constexpr int TILE_M = N_CONSUMERS * 64;
 constexpr int TILE_N = 128;
@@ -67,64 +62,6 @@ constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + STAGES, V_
               V_EMPTY = V_FULL + STAGES;
 // Named barriers (0 is __syncthreads): a warpgroup's turn at the tensor cores, and its own meeting point.
 constexpr int TURN = 1, MEETING = TURN + N_CONSUMERS;
-
-__device__ __forceinline__ void mbarrier_init(unsigned bar, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(unsigned bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void mbarrier_expect(unsigned bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(unsigned bar, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "AGAIN:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra AGAIN;\n"
-        "DONE:\n}" ::"r"(bar),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void named_sync(int id, int n) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int n) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
-}
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void load_box(unsigned dst, const TensorMap* map, int column, int row, unsigned bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            dst),
-        "l"(map), "r"(column), "r"(row), "r"(bar)
-        : "memory");
-}
-
-// wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
-// (read only for the transposed operand, whose columns run over slabs).
-__device__ __forceinline__ u64 descriptor(unsigned addr, unsigned slab_bytes) {
-    return (u64)((addr & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-#define ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define ACC16(d, i) ACC4(d, i), ACC4(d, i + 4), ACC4(d, i + 8), ACC4(d, i + 12)
-#define ACC32(d) ACC16(d, 0), ACC16(d, 16)
-#define ACC64(d) ACC16(d, 0), ACC16(d, 16), ACC16(d, 32), ACC16(d, 48)
-#define REGS32                                                                                   \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGS64                                                                                        \
-    REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-           "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // s[64 x 128] (+)= q[64 x 16] k[128 x 16]^T, both from shared memory.
 __device__ __forceinline__ void wgmma_qk(float (&s)[64], u64 q, u64 k, int accumulate) {
@@ -276,7 +213,7 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
             mbarrier_init(BAR(K_EMPTY + i), N_CONSUMERS * 4);
             mbarrier_init(BAR(V_EMPTY + i), N_CONSUMERS * 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbarrier_init_fence();
     }
     __syncthreads();
     PDL_TRIGGER();

@@ -1,10 +1,14 @@
 // variant: rmsnorm BLOCK=256
 // variant: rmsnorm-small BLOCK=128 CHUNKS=2
 //
-// RMSNorm (Zhang and Sennrich 2019): h[i, :] = bf16(x[r, :] / sqrt(mean(x[r, :]^2) + eps) * w), r = rows[i] or i.
-//   x float32 [T, hidden], w bf16 [hidden], h bf16 [grid, hidden]; hidden a multiple of 8, at most BLOCK * CHUNKS * 8
-//   rows int32 [grid] or null: gathers the rows that lm_head needs
-// Grid: one block per output row; block BLOCK. The row stays in registers, so x is read once.
+// RMSNorm (Zhang and Sennrich 2019): h[i, :] = bf16(v / sqrt(mean(v^2) + eps) * w) with v = x[r, :] + the sum of
+// parts[p, r, :], r = rows[i] or i.
+//   x       float32 [T, hidden]: the residual stream
+//   parts   float32 [n_parts, T, hidden], part_stride numbers apart: what a product left to be added
+//   x_out   v goes here, or null
+//   w       bf16 [hidden], h bf16 [grid, hidden]; hidden a multiple of 8, at most BLOCK * CHUNKS * 8
+//   rows    int32 [grid] or null: gathers the rows that lm_head needs
+// Grid: one block per output row; block BLOCK. The row stays in registers, so everything is read once.
 #include "common.cuh"
 
 #ifndef BLOCK
@@ -15,11 +19,11 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rmsnorm(const float* x, const bf16* w, bf16* h, int hidden, float eps, const int* rows) {
+rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, float* x_out, const bf16* w, bf16* h,
+        int hidden, float eps, const int* rows) {
     PDL_TRIGGER();
     PDL_WAIT();
     const long long row = rows ? rows[blockIdx.x] : blockIdx.x;
-    const float* from = x + row * hidden;
     bf16* to = h + (long long)blockIdx.x * hidden;
 
     float v[CHUNKS][8];
@@ -28,7 +32,15 @@ rmsnorm(const float* x, const bf16* w, bf16* h, int hidden, float eps, const int
     for (int c = 0; c < CHUNKS; ++c) {
         const int i = (c * BLOCK + threadIdx.x) * 8;
         if (i >= hidden) break;
-        load_f32x8(from + i, v[c]);
+        load_f32x8(x + row * hidden + i, v[c]);
+#pragma unroll 4
+        for (int p = 0; p < n_parts; ++p) {
+            float part[8];
+            load_f32x8(parts + p * part_stride + row * hidden + i, part);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[c][j] += part[j];
+        }
+        if (x_out) store_f32x8(x_out + row * hidden + i, v[c]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) squares += v[c][j] * v[c][j];
     }

@@ -1,0 +1,143 @@
+//! [`Activations`]: the input rows of a product, as float32 and as 16-bit integers.
+
+use super::{
+    disjoint::Disjoint,
+    kernels::{ActivationBlock, Kernels, MAX_WIDTH, QuantizedRows},
+    pool::Pool,
+};
+use crate::quant::GROUP;
+
+/// Input rows of a [`super::linear::Linear`].
+pub struct Activations {
+    n_cols: usize,
+    n_rows: usize,
+    /// `[n_rows, n_cols]`.
+    rows: Vec<f32>,
+    /// Block after block as in [`ActivationBlock`]; empty if no matrix wants integers.
+    codes: Vec<i16>,
+    scales: Vec<f32>,
+    sums: Vec<f32>,
+    quantized: bool,
+}
+
+impl Activations {
+    /// Room for `max_rows` rows of `n_cols`; with `quantized`, as integers too.
+    pub fn new(max_rows: usize, n_cols: usize, quantized: bool) -> Self {
+        let n = if quantized { max_rows * n_cols } else { 0 };
+        Self {
+            n_cols,
+            n_rows: 0,
+            rows: vec![0.0; max_rows * n_cols],
+            codes: vec![0; n],
+            scales: vec![0.0; n / GROUP],
+            sums: vec![0.0; n / GROUP],
+            quantized,
+        }
+    }
+
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Sets the rows: `fill` writes row `m` of `n_rows`, on any thread.
+    pub fn fill(
+        &mut self,
+        pool: &mut Pool,
+        kernels: &Kernels,
+        n_rows: usize,
+        fill: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) {
+        self.n_rows = n_rows;
+        let n_cols = self.n_cols;
+        let n_groups = n_cols / GROUP;
+        let per_task = n_rows.div_ceil(4 * pool.n_threads());
+        let quantized = self.quantized;
+        let rows = Disjoint::new(&mut self.rows);
+        let codes = Disjoint::new(&mut self.codes);
+        let (scales, sums) = (Disjoint::new(&mut self.scales), Disjoint::new(&mut self.sums));
+        pool.run(n_rows.div_ceil(per_task.max(1)), &|task| {
+            for m in task * per_task..((task + 1) * per_task).min(n_rows) {
+                // SAFETY: each row belongs to one task.
+                let row = unsafe { rows.range(m * n_cols..(m + 1) * n_cols) };
+                fill(m, row);
+                if quantized {
+                    let (first, width) = block_of(n_rows, m);
+                    let block = QuantizedRows {
+                        codes: codes.ptr_at(first * n_cols),
+                        scales: scales.ptr_at(first * n_groups),
+                        sums: sums.ptr_at(first * n_groups),
+                    };
+                    // SAFETY: blocks hold `width` rows of `n_cols` columns; each row belongs to one task.
+                    unsafe { kernels.quantize(row, (width, m - first), block) };
+                }
+            }
+        });
+    }
+
+    /// Rows `first..first + n` as float32, `[n, n_cols]`.
+    pub fn floats(&self, first: usize, n: usize) -> &[f32] {
+        &self.rows[first * self.n_cols..(first + n) * self.n_cols]
+    }
+
+    /// The rows as integers: first row of each block, and the block.
+    pub fn blocks(&self) -> impl Iterator<Item = (usize, ActivationBlock<'_>)> {
+        debug_assert!(self.quantized);
+        let n_groups = self.n_cols / GROUP;
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            if first == self.n_rows {
+                return None;
+            }
+            let (start, width) = block_of(self.n_rows, first);
+            first = start + width;
+            let (columns, groups) = (start * self.n_cols..first * self.n_cols, start * n_groups..first * n_groups);
+            let block = ActivationBlock {
+                width,
+                codes: &self.codes[columns],
+                scales: &self.scales[groups.clone()],
+                sums: &self.sums[groups],
+            };
+            Some((start, block))
+        })
+    }
+}
+
+/// First row and number of rows of the block that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none
+/// is so narrow that its kernel wastes the weights' decoding.
+fn block_of(n_rows: usize, m: usize) -> (usize, usize) {
+    let n_blocks = n_rows.div_ceil(MAX_WIDTH);
+    let (narrow, n_wide) = (n_rows / n_blocks, n_rows % n_blocks);
+    // The first `n_wide` blocks have a row more.
+    let in_wide = n_wide * (narrow + 1);
+    if m < in_wide {
+        (m / (narrow + 1) * (narrow + 1), narrow + 1)
+    } else {
+        (in_wide + (m - in_wide) / narrow * narrow, narrow)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_the_rows_in_order() {
+        for n_rows in 1..60 {
+            let mut next = 0;
+            let mut widths = Vec::new();
+            while next < n_rows {
+                let (first, width) = block_of(n_rows, next);
+                assert_eq!(first, next);
+                assert!((1..=MAX_WIDTH).contains(&width));
+                for m in first..first + width {
+                    assert_eq!(block_of(n_rows, m), (first, width));
+                }
+                next += width;
+                widths.push(width);
+            }
+            assert_eq!(next, n_rows);
+            assert!(widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 1);
+        }
+    }
+}

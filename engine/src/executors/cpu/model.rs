@@ -1,0 +1,301 @@
+//! Weights and forward pass of a [`DecoderSpec`] on plain slices.
+
+use super::{
+    activations::Activations,
+    arena::Arena,
+    attention::{Attention, AttentionInput, AttentionPlan},
+    disjoint::Disjoint,
+    kernels::Kernels,
+    kv_cache::{KvCache, KvLayout},
+    linear::Linear,
+    pool::Pool,
+};
+use crate::{
+    Error,
+    decoder::{DecoderSpec, LayerWeight, Weight},
+    executors::Capacity,
+    step::StepInput,
+    weights::{StoredTensor, WeightSource},
+};
+
+/// Rows of logits that are computed at once: those of a whole prompt may be larger than the model.
+pub const LOGIT_ROWS: usize = 64;
+
+struct Layer {
+    input_norm: Vec<f32>,
+    /// q, k and v rows, one after the other.
+    qkv: Linear,
+    /// Per-head norms of q and k, `[head_dim]`.
+    qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    o: Linear,
+    post_attention_norm: Vec<f32>,
+    /// Gate rows, then up rows.
+    gate_up: Linear,
+    down: Linear,
+    cache: KvCache,
+}
+
+/// A model and the buffers of a step.
+pub struct CpuModel {
+    spec: DecoderSpec,
+    kernels: &'static Kernels,
+    pool: Pool,
+    /// `[vocab_size, hidden_size]`.
+    embedding: StoredTensor,
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    lm_head: Linear,
+    inv_freq: Vec<f32>,
+    attention: Attention,
+    buffers: Buffers,
+}
+
+/// What a step computes with; memory that no step reaches is never touched.
+struct Buffers {
+    /// The residual stream, `[n_tokens, hidden_size]`.
+    x: Vec<f32>,
+    /// Input of the projections of width `hidden_size`.
+    hidden: Activations,
+    /// `[n_tokens, (n_heads + 2 * n_kv_heads) * head_dim]`.
+    qkv: Vec<f32>,
+    /// `[n_tokens, n_heads * head_dim]`.
+    attended: Vec<f32>,
+    /// Input of the attention's output projection.
+    o_input: Activations,
+    /// `[n_tokens, 2 * intermediate_size]`.
+    gate_up: Vec<f32>,
+    /// Input of the MLP's down projection.
+    down_input: Activations,
+    /// `[n_tokens, head_dim / 2]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// Input of the output projection, `[LOGIT_ROWS, hidden_size]`.
+    head_input: Activations,
+    /// `[LOGIT_ROWS, vocab_size]`.
+    logits: Vec<f32>,
+}
+
+impl CpuModel {
+    /// Loads `weights` for steps of the size that `capacity` allows.
+    pub fn load(
+        spec: &DecoderSpec,
+        weights: &dyn WeightSource,
+        capacity: &Capacity,
+        (kernels, pool): (&'static Kernels, Pool),
+    ) -> Result<Self, Error> {
+        let mut loader = Loader { spec, weights, arena: Arena::default(), n_threads: pool.n_threads() };
+        let embedding = weights.keep(Weight::Embedding)?;
+        let head = if spec.tie_embeddings { embedding.clone() } else { weights.keep(Weight::LmHead)? };
+        let lm_head = Linear::new(vec![head], None, (&mut loader.arena, pool.n_threads()))?;
+        let layers =
+            (0..spec.n_layers).map(|layer| loader.layer(layer, capacity.n_pages)).collect::<Result<Vec<_>, _>>()?;
+
+        let n = capacity.max_num_batched_tokens;
+        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
+        let any = |wants: fn(&Layer) -> bool| layers.iter().any(wants);
+        let hidden_integers = any(|l| l.qkv.wants_integers() || l.gate_up.wants_integers());
+        let buffers = Buffers {
+            x: vec![0.0; n * spec.hidden_size],
+            hidden: Activations::new(n, spec.hidden_size, hidden_integers),
+            qkv: vec![0.0; n * (q + 2 * kv)],
+            attended: vec![0.0; n * q],
+            o_input: Activations::new(n, q, any(|l| l.o.wants_integers())),
+            gate_up: vec![0.0; n * 2 * spec.intermediate_size],
+            down_input: Activations::new(n, spec.intermediate_size, any(|l| l.down.wants_integers())),
+            cos: vec![0.0; n * (spec.head_dim / 2)],
+            sin: vec![0.0; n * (spec.head_dim / 2)],
+            head_input: Activations::new(LOGIT_ROWS, spec.hidden_size, lm_head.wants_integers()),
+            logits: vec![0.0; LOGIT_ROWS * spec.vocab_size],
+        };
+        Ok(Self {
+            kernels,
+            pool,
+            embedding,
+            layers,
+            final_norm: loader.values(Weight::FinalNorm)?,
+            lm_head,
+            inv_freq: spec.rope.inv_freq(spec.head_dim),
+            attention: Attention::new(spec),
+            buffers,
+            spec: spec.clone(),
+        })
+    }
+
+    /// Elements of a logits row.
+    pub fn vocab_size(&self) -> usize {
+        self.spec.vocab_size
+    }
+
+    /// The inner loops in use.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// Bytes of weights in memory, without what lies in memory maps.
+    pub fn weight_bytes(&self) -> usize {
+        let of = |l: &Layer| l.qkv.n_bytes() + l.o.n_bytes() + l.gate_up.n_bytes() + l.down.n_bytes();
+        self.layers.iter().map(of).sum::<usize>() + self.lm_head.n_bytes()
+    }
+
+    /// Computes the hidden states before the final norm, which stay in the model's buffers.
+    pub fn forward(&mut self, step: &StepInput) {
+        let plan = AttentionPlan::new(&self.spec, step);
+        self.embed(step);
+        let n = step.n_tokens();
+        let (kernels, spec, eps) = (self.kernels, &self.spec, self.spec.norm_eps);
+        let (pool, b) = (&mut self.pool, &mut self.buffers);
+        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+        let q_width = spec.n_heads * spec.head_dim;
+        for layer in &mut self.layers {
+            let x = &b.x;
+            b.hidden.fill(pool, kernels, n, &|m, row| kernels.rms_norm(&x[m * h..][..h], &layer.input_norm, eps, row));
+            layer.qkv.run(pool, kernels, &b.hidden, (&mut b.qkv, false));
+            let rotation = Rotation { cos: &b.cos, sin: &b.sin };
+            layer.rotate_and_store((pool, kernels), spec, (step, &rotation), &mut b.qkv);
+            let input = AttentionInput { queries: &b.qkv, q_stride: layer.qkv.n_rows(), cache: &layer.cache };
+            self.attention.run((pool, kernels), (&plan, step), &input, &mut b.attended);
+            let attended = &b.attended;
+            b.o_input.fill(pool, kernels, n, &|m, row| row.copy_from_slice(&attended[m * q_width..][..q_width]));
+            layer.o.run(pool, kernels, &b.o_input, (&mut b.x, true));
+
+            let x = &b.x;
+            let norm = &layer.post_attention_norm;
+            b.hidden.fill(pool, kernels, n, &|m, row| kernels.rms_norm(&x[m * h..][..h], norm, eps, row));
+            layer.gate_up.run(pool, kernels, &b.hidden, (&mut b.gate_up, false));
+            let gate_up = &b.gate_up;
+            b.down_input.fill(pool, kernels, n, &|m, row| {
+                let (gate, up) = gate_up[2 * m * inter..][..2 * inter].split_at(inter);
+                kernels.silu_mul(gate, up, row);
+            });
+            layer.down.run(pool, kernels, &b.down_input, (&mut b.x, true));
+        }
+    }
+
+    /// Logits of at most [`LOGIT_ROWS`] query rows, `[rows.len(), vocab_size]`, after
+    /// [`CpuModel::forward`], and the threads to work on them.
+    pub fn logits(&mut self, rows: &[usize]) -> (&mut [f32], &mut Pool) {
+        let (kernels, eps, h) = (self.kernels, self.spec.norm_eps, self.spec.hidden_size);
+        let (pool, b) = (&mut self.pool, &mut self.buffers);
+        let (x, norm) = (&b.x, &self.final_norm);
+        b.head_input
+            .fill(pool, kernels, rows.len(), &|m, out| kernels.rms_norm(&x[rows[m] * h..][..h], norm, eps, out));
+        self.lm_head.run(pool, kernels, &b.head_input, (&mut b.logits, false));
+        (&mut b.logits[..rows.len() * self.spec.vocab_size], pool)
+    }
+
+    /// Fills the residual stream with embeddings, and the rotations of the step's positions.
+    fn embed(&mut self, step: &StepInput) {
+        let (h, half) = (self.spec.hidden_size, self.spec.head_dim / 2);
+        let row_bytes = self.embedding.bytes().len() / self.spec.vocab_size;
+        let b = &mut self.buffers;
+        for (m, (&token, &position)) in step.token_ids.iter().zip(&step.positions).enumerate() {
+            // This executor runs one step at a time, so every token is known.
+            let stored = &self.embedding.bytes()[token as usize * row_bytes..][..row_bytes];
+            self.embedding.dtype().decode(stored, &mut b.x[m * h..][..h]);
+            let (cos, sin) = (&mut b.cos[m * half..][..half], &mut b.sin[m * half..][..half]);
+            for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&self.inv_freq) {
+                (*sin, *cos) = (position as f32 * freq).sin_cos();
+            }
+        }
+    }
+}
+
+/// Rotations of the step's rows, `[n_tokens, head_dim / 2]` each.
+struct Rotation<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Layer {
+    /// Normalises (if the model does) and rotates queries and keys of `qkv` in place, and writes keys and values to the
+    /// cache.
+    fn rotate_and_store(
+        &mut self,
+        (pool, kernels): (&mut Pool, &Kernels),
+        spec: &DecoderSpec,
+        (step, rotation): (&StepInput, &Rotation<'_>),
+        qkv: &mut [f32],
+    ) {
+        let (n_q, n_kv, d) = (spec.n_heads, spec.n_kv_heads, spec.head_dim);
+        let width = (n_q + 2 * n_kv) * d;
+        let n = step.n_tokens();
+        let qkv = Disjoint::new(qkv);
+        let cache = self.cache.writer();
+        let qk_norm = &self.qk_norm;
+        let per_task = n.div_ceil(4 * pool.n_threads()).max(1);
+        pool.run(n.div_ceil(per_task), &|task| {
+            let mut normed = vec![0f32; d];
+            let (mut key, mut value) = (vec![0u16; d], vec![0u16; d]);
+            for m in task * per_task..((task + 1) * per_task).min(n) {
+                // SAFETY: each row belongs to one task.
+                let row = unsafe { qkv.range(m * width..(m + 1) * width) };
+                let (qk, v) = row.split_at_mut((n_q + n_kv) * d);
+                let (cos, sin) = (&rotation.cos[m * (d / 2)..][..d / 2], &rotation.sin[m * (d / 2)..][..d / 2]);
+                for (i, head) in qk.chunks_exact_mut(d).enumerate() {
+                    if let Some((q_norm, k_norm)) = qk_norm {
+                        kernels.rms_norm(head, if i < n_q { q_norm } else { k_norm }, spec.norm_eps, &mut normed);
+                        head.copy_from_slice(&normed);
+                    }
+                    kernels.rotate(head, cos, sin);
+                }
+                for (i, (k, v)) in qk[n_q * d..].chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
+                    kernels.to_f16(k, &mut key);
+                    kernels.to_f16(v, &mut value);
+                    // SAFETY: each row of a step has a slot of its own.
+                    unsafe { cache.write(step.slot_mapping[m], i, &key, &value) };
+                }
+            }
+        });
+    }
+}
+
+struct Loader<'a> {
+    spec: &'a DecoderSpec,
+    weights: &'a dyn WeightSource,
+    arena: Arena,
+    n_threads: usize,
+}
+
+impl Loader<'_> {
+    fn layer(&mut self, layer: usize, n_pages: usize) -> Result<Layer, Error> {
+        use LayerWeight::*;
+        let of = |w: LayerWeight| Weight::Layer(layer, w);
+        let mut linear = |weights: &[LayerWeight], biases: &[LayerWeight]| self.linear(layer, weights, biases);
+        let qkv = linear(&[QProj, KProj, VProj], &[QBias, KBias, VBias])?;
+        let o = linear(&[OProj], &[OBias])?;
+        let gate_up = linear(&[GateProj, UpProj], &[GateBias, UpBias])?;
+        let down = linear(&[DownProj], &[DownBias])?;
+        Ok(Layer {
+            input_norm: self.values(of(InputNorm))?,
+            qkv,
+            qk_norm: match self.spec.qk_norm {
+                true => Some((self.values(of(QNorm))?, self.values(of(KNorm))?)),
+                false => None,
+            },
+            o,
+            post_attention_norm: self.values(of(PostAttentionNorm))?,
+            gate_up,
+            down,
+            cache: KvCache::new(KvLayout::new(self.spec), n_pages),
+        })
+    }
+
+    /// The projections `weights`, one below the other, with those of `biases` that the model has.
+    fn linear(&mut self, layer: usize, weights: &[LayerWeight], biases: &[LayerWeight]) -> Result<Linear, Error> {
+        let of = |&w: &LayerWeight| Weight::Layer(layer, w);
+        let tensors = weights.iter().map(|w| self.weights.keep(of(w))).collect::<Result<Vec<_>, _>>()?;
+        let has_bias = biases.iter().any(|w| self.spec.shape(of(w)).is_some());
+        let bias = match has_bias {
+            true => {
+                let parts = biases.iter().map(|w| self.values(of(w))).collect::<Result<Vec<_>, _>>()?;
+                Some(parts.concat())
+            }
+            false => None,
+        };
+        Linear::new(tensors, bias, (&mut self.arena, self.n_threads))
+    }
+
+    fn values(&self, weight: Weight) -> Result<Vec<f32>, Error> {
+        Ok(self.weights.get(weight)?.to_f32().into_owned())
+    }
+}

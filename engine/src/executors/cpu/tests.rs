@@ -1,0 +1,185 @@
+//! The whole executor against the portable one, on tiny random models that take every branch.
+
+use burn::tensor::Device;
+
+use super::*;
+use crate::{
+    decoder::{LayerWeight, Rope, RopeScaling, Weight},
+    executors::{
+        burn::BurnExecutor,
+        comparison::{Batch, Scores, run},
+    },
+    quant,
+    weights::{DType, TensorView, dummy::DummySource},
+};
+
+/// Greatest difference of a log-probability: half-precision keys and values, 16-bit activations.
+const TOLERANCE: f32 = 2e-3;
+
+fn llama() -> DecoderSpec {
+    DecoderSpec {
+        architecture: "LlamaForCausalLM".into(),
+        hidden_size: 96,
+        intermediate_size: 160,
+        n_layers: 2,
+        n_heads: 6,
+        n_kv_heads: 2,
+        head_dim: 32,
+        vocab_size: 509,
+        max_position: 2048,
+        norm_eps: 1e-5,
+        rope: Rope {
+            theta: 500_000.0,
+            scaling: RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position: 256,
+            },
+        },
+        tie_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        sliding_window: None,
+    }
+}
+
+fn config() -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: Some(32),
+        max_num_batched_tokens: Some(1024),
+        kv_cache_memory_bytes: Some(16 << 20),
+        ..EngineConfig::default()
+    }
+}
+
+fn batches() -> Vec<Batch> {
+    vec![
+        Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
+        Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 1024 },
+        Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
+        // The context is cut into parts, the last of one token.
+        Batch { name: "past two parts", prompts: vec![510, 255], chunk: 200 },
+        Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 },
+    ]
+}
+
+/// Runs every batch on both executors, with every instruction set.
+fn compare(name: &str, spec: &DecoderSpec, source: &dyn WeightSource) {
+    let mut oracle = BurnExecutor::new(spec, source, &config(), Device::flex()).expect("the oracle loads");
+    let expected: Vec<Scores> =
+        batches().iter().map(|batch| run(&mut oracle, batch, spec.vocab_size, None).expect("runs")).collect();
+    for kernels in Kernels::available() {
+        let mut tuned = CpuExecutor::with_kernels(spec, source, &config(), kernels).expect("loads");
+        for (batch, expected) in batches().iter().zip(&expected) {
+            let forced = run(&mut tuned, batch, spec.vocab_size, Some(&expected.tokens())).expect("runs");
+            let difference = expected.difference(&forced);
+            assert!(difference < TOLERANCE, "{name}, {}, {}: {difference}", kernels.name, batch.name);
+        }
+    }
+}
+
+fn dummy(spec: &DecoderSpec, dtype: DType) -> DummySource {
+    DummySource::new(spec.clone(), 1, dtype).expect("a float type")
+}
+
+#[test]
+fn float_models_agree_with_the_portable_executor() {
+    let plain = llama();
+    compare("llama bf16", &plain, &dummy(&plain, DType::BF16));
+    let qwen2 = DecoderSpec {
+        hidden_size: 112,
+        n_heads: 14,
+        head_dim: 8,
+        qkv_bias: true,
+        tie_embeddings: true,
+        rope: Rope { theta: 1_000_000.0, scaling: RopeScaling::None },
+        ..llama()
+    };
+    compare("biases, tied, f16", &qwen2, &dummy(&qwen2, DType::F16));
+}
+
+#[test]
+fn every_option_agrees_with_the_portable_executor() {
+    let spec = DecoderSpec {
+        n_heads: 4,
+        n_kv_heads: 4,
+        head_dim: 40,
+        qkv_bias: true,
+        o_bias: true,
+        mlp_bias: true,
+        qk_norm: true,
+        sliding_window: Some(50),
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Linear(2.0) },
+        ..llama()
+    };
+    compare("all options, f32", &spec, &dummy(&spec, DType::F32));
+}
+
+/// Dummy weights whose projections are quantised, each projection in another format.
+struct QuantisedSource {
+    floats: DummySource,
+}
+
+impl WeightSource for QuantisedSource {
+    fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
+        use LayerWeight::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let name = match weight {
+            Weight::Embedding | Weight::LmHead | Weight::Layer(_, VProj | DownProj) => "Q8_0",
+            Weight::Layer(_, QProj | GateProj) => "Q4_0",
+            Weight::Layer(_, KProj | OProj | UpProj) => "Q4_1",
+            _ => return self.floats.get(weight),
+        };
+        let floats = self.floats.get(weight)?;
+        let format = quant::FORMATS.iter().copied().find(|format| format.name() == name).expect("a format");
+        let data = floats.to_f32().chunks(quant::GROUP).flat_map(|values| quantise(name, values)).collect();
+        Ok(TensorView { dtype: DType::Quant(format), shape: floats.shape, data: std::borrow::Cow::Owned(data) })
+    }
+}
+
+/// A block of `values`, roughly: what matters is that both executors read the same block.
+fn quantise(name: &str, values: &[f32]) -> Vec<u8> {
+    let largest = values.iter().fold(0f32, |max, v| max.max(v.abs()));
+    let half = |v: f32| half::f16::from_f32(v).to_le_bytes();
+    let nibbles = |scale: f32, minimum: f32| -> Vec<u8> {
+        let code = |v: f32| ((v - minimum) / scale).round().clamp(0.0, 15.0) as u8;
+        (0..16).map(|i| code(values[i]) | code(values[i + 16]) << 4).collect()
+    };
+    match name {
+        "Q8_0" => {
+            let scale = largest / 127.0;
+            half(scale).into_iter().chain(values.iter().map(|v| (v / scale).round() as i8 as u8)).collect()
+        }
+        "Q4_0" => [half(largest / 8.0).to_vec(), nibbles(largest / 8.0, -largest)].concat(),
+        _ => [half(largest / 7.5).to_vec(), half(-largest).to_vec(), nibbles(largest / 7.5, -largest)].concat(),
+    }
+}
+
+#[test]
+fn quantised_models_agree_with_the_portable_executor() {
+    for tie_embeddings in [false, true] {
+        let spec = DecoderSpec { tie_embeddings, n_heads: 3, n_kv_heads: 1, head_dim: 64, vocab_size: 512, ..llama() };
+        let source = QuantisedSource { floats: dummy(&spec, DType::F32) };
+        compare(if tie_embeddings { "quantised, tied" } else { "quantised" }, &spec, &source);
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_its_batch() {
+    let spec = llama();
+    let source = QuantisedSource { floats: dummy(&spec, DType::F32) };
+    for kernels in Kernels::available() {
+        let mut executor = CpuExecutor::with_kernels(&spec, &source, &config(), kernels).expect("loads");
+        let mut scores = |n| {
+            let batch = Batch { name: "", prompts: vec![300; n], chunk: 1024 };
+            run(&mut executor, &batch, spec.vocab_size, None).expect("runs")
+        };
+        let (alone, together) = (scores(1), scores(3));
+        let of = |scores: &Scores| -> Vec<(u32, f32)> {
+            scores.prompts[0].iter().chain(&scores.outputs[0]).map(|entry| (entry.token_id, entry.logprob)).collect()
+        };
+        assert_eq!(of(&alone), of(&together), "{}", kernels.name);
+    }
+}

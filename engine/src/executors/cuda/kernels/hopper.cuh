@@ -1,0 +1,70 @@
+// Hopper's copy engine, barriers and warpgroup products (sm_90a), one function each. PTX ISA, mbarrier,
+// cp.async.bulk.tensor and wgmma.
+#pragma once
+#include "attention.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// What cuTensorMapEncodeTiled fills in (CUtensorMap of cuda.h, which NVRTC does not bring).
+struct __align__(64) TensorMap {
+    u64 opaque[16];
+};
+
+DEVICE void mbarrier_init(unsigned bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+// Barriers that were just initialised become visible to the copy engine and to the cluster.
+DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void mbarrier_arrive(unsigned bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+DEVICE void mbarrier_expect(unsigned bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+DEVICE void mbarrier_wait(unsigned bar, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "bra AGAIN;\n"
+        "DONE:\n}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+DEVICE void named_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+DEVICE void named_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, unsigned bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            dst),
+        "l"(map), "r"(column), "r"(row), "r"(bar)
+        : "memory");
+}
+
+// wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
+// (read only for the transposed operand, whose columns run over slabs).
+DEVICE u64 descriptor(unsigned addr, unsigned slab_bytes) {
+    return (u64)((addr & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// Lists of accumulators and of their operand numbers, for the inline assembly of wgmma.
+#define ACC4(d, i) "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3])
+#define ACC8(d, i) ACC4(d, i), ACC4(d, i + 4)
+#define ACC16(d, i) ACC8(d, i), ACC8(d, i + 8)
+#define ACC32(d) ACC16(d, 0), ACC16(d, 16)
+#define ACC64(d) ACC16(d, 0), ACC16(d, 16), ACC16(d, 32), ACC16(d, 48)
+#define REGS4 "%0, %1, %2, %3"
+#define REGS8 REGS4 ", %4, %5, %6, %7"
+#define REGS16 REGS8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGS32 REGS16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGS64                                                                                        \
+    REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+           "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#endif

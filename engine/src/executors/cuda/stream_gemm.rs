@@ -1,0 +1,254 @@
+//! [`StreamGemm`]: the products of steps of a few rows on Hopper, whose time is that of reading the weights
+//! (`kernels/stream_gemm_sm90.cu`).
+
+use super::{
+    buffers::StepBuffers,
+    compile::{self, Variant},
+    device::Gpu,
+    kernel::{Arg, Kernel, Launch},
+    load::Weights,
+    tensor_map::TensorMap,
+};
+use crate::{Error, decoder::DecoderSpec};
+
+/// Most rows of each kernel.
+const COLUMNS: [usize; 8] = [16, 32, 48, 64, 96, 128, 192, 256];
+/// Most rows for which every product is faster here than in cuBLASLt on an H100 (docs/log.md); the gate and up
+/// projections, which cuBLASLt leaves to another kernel to multiply, are up to the largest of [`COLUMNS`], logits up to
+/// [`MAX_LOGITS_ROWS`].
+const MAX_ROWS: usize = 128;
+const MAX_LOGITS_ROWS: usize = 64;
+/// Rows of weights of a tile.
+const TILE_ROWS: usize = 128;
+/// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
+const RING_BYTES: usize = 208_000;
+const THREADS: u32 = 288;
+/// What the kernel does with its result: its macro OUTPUT.
+const OUTPUTS: [usize; 3] = [0, 1, 2];
+const BF16: usize = 0;
+const F32: usize = 1;
+const GATED: usize = 2;
+
+/// A product of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Product {
+    /// To q, k and v: bf16.
+    Qkv,
+    /// Of the attention's output: added to the residual stream.
+    O,
+    /// Gate and up projections.
+    GateUp,
+    /// Of the MLP's activations: added to the residual stream.
+    Down,
+    /// To logits: float32.
+    Logits,
+}
+
+/// The kernels, before there is anything to run them on.
+pub(super) struct StreamKernels {
+    /// For each of [`COLUMNS`], by output; those above [`MAX_ROWS`] have the gated one only.
+    kernels: Vec<[Option<Kernel>; 3]>,
+}
+
+impl StreamKernels {
+    /// Compiles (or takes from the cache) and loads them; `None` if the device is not a Hopper.
+    pub(super) fn new(gpu: &Gpu) -> Result<Option<Self>, Error> {
+        if !gpu.is_hopper() {
+            return Ok(None);
+        }
+        let wanted: Vec<(usize, usize)> = COLUMNS
+            .iter()
+            .flat_map(|&n| OUTPUTS.map(|output| (n, output)))
+            .filter(|&(n, output)| n <= MAX_ROWS || output == GATED)
+            .collect();
+        let variant = |&(n, output): &(usize, usize)| {
+            Variant::new(&compile::STREAM_GEMM_SM90, &[("OUTPUT", output), ("BN", n), ("RING_BYTES", RING_BYTES)])
+        };
+        let cubins = compile::compile(&wanted.iter().map(variant).collect::<Vec<_>>(), &gpu.arch())?;
+        gpu.bind()?;
+        let mut kernels: Vec<[Option<Kernel>; 3]> = COLUMNS.map(|_| [const { None }; 3]).into();
+        for ((n, output), cubin) in wanted.into_iter().zip(&cubins) {
+            let [kernel] = Kernel::load(cubin, ["stream_gemm"])?;
+            kernel.allow_shared(shared_bytes(n))?;
+            kernels[columns_for(n)][output] = Some(kernel);
+        }
+        Ok(Some(Self { kernels }))
+    }
+}
+
+/// Index in [`COLUMNS`] of the kernel for `n` rows.
+fn columns_for(n: usize) -> usize {
+    COLUMNS.partition_point(|&columns| columns < n)
+}
+
+/// Dynamic shared memory of the kernel for `columns` rows.
+fn shared_bytes(columns: usize) -> u32 {
+    let stage_bytes = (TILE_ROWS + columns) * 128;
+    (1024 + RING_BYTES / stage_bytes * (stage_bytes + 16)) as u32
+}
+
+/// Maps of the activations for one of [`COLUMNS`].
+struct ActivationMaps {
+    h: TensorMap,
+    attn_out: TensorMap,
+    act: TensorMap,
+}
+
+/// Maps of a layer's weights.
+struct LayerMaps {
+    qkv: TensorMap,
+    o: TensorMap,
+    gate_up: TensorMap,
+    down: TensorMap,
+}
+
+/// The products of one model.
+pub(super) struct StreamGemm {
+    kernels: StreamKernels,
+    /// For each of [`COLUMNS`].
+    activations: Vec<ActivationMaps>,
+    layers: Vec<LayerMaps>,
+    lm_head: TensorMap,
+    spec: DecoderSpec,
+    n_sms: usize,
+}
+
+impl StreamGemm {
+    /// For `weights`, with inputs from `buffers` of `n_rows` rows.
+    pub(super) fn new(
+        gpu: &Gpu,
+        kernels: StreamKernels,
+        spec: &DecoderSpec,
+        weights: &Weights,
+        buffers: &StepBuffers,
+    ) -> Result<Self, Error> {
+        gpu.bind()?;
+        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
+        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+        let n_rows = buffers.h.n_bytes() / (2 * h);
+        let activations = COLUMNS.map(|columns| {
+            Ok(ActivationMaps {
+                h: TensorMap::of_activations(buffers.h.ptr(), n_rows, h, columns)?,
+                attn_out: TensorMap::of_activations(buffers.attn_out.ptr(), n_rows, q, columns)?,
+                act: TensorMap::of_activations(buffers.act.ptr(), n_rows, inter, columns)?,
+            })
+        });
+        let layers = weights.layers.iter().map(|w| {
+            Ok(LayerMaps {
+                qkv: TensorMap::of_weights(w.qkv.ptr(), q + 2 * kv, h)?,
+                o: TensorMap::of_weights(w.o.ptr(), h, q)?,
+                gate_up: TensorMap::of_gated_weights(w.gate_up.ptr(), 2 * inter, h)?,
+                down: TensorMap::of_weights(w.down.ptr(), h, inter)?,
+            })
+        });
+        Ok(Self {
+            kernels,
+            activations: activations.into_iter().collect::<Result<_, Error>>()?,
+            layers: layers.collect::<Result<_, Error>>()?,
+            lm_head: TensorMap::of_weights(weights.lm_head(), spec.vocab_size, h)?,
+            spec: spec.clone(),
+            n_sms: gpu.n_sms as usize,
+        })
+    }
+
+    /// Whether `product` of `n` rows is one for these kernels.
+    pub(super) fn takes(product: Product, n: usize) -> bool {
+        n <= match product {
+            Product::GateUp => COLUMNS[COLUMNS.len() - 1],
+            Product::Logits => MAX_LOGITS_ROWS,
+            _ => MAX_ROWS,
+        }
+    }
+
+    /// Float32 numbers that the parts of [`Product::O`] and [`Product::Down`] take, at most.
+    pub(super) fn max_part_numbers(spec: &DecoderSpec) -> usize {
+        COLUMNS.iter().filter(|&&n| n <= MAX_ROWS).map(|&n| n * max_split(n)).max().unwrap_or(0) * spec.hidden_size
+    }
+
+    /// Enqueues `product` of `layer` for `n` rows, from its buffer to `out`. Returns the parts that its result is in:
+    /// float32 `[parts, n, hidden]` for those that are added to the residual stream.
+    pub(super) fn run(
+        &self,
+        gpu: &Gpu,
+        (product, layer): (Product, usize),
+        n: usize,
+        out: u64,
+    ) -> Result<usize, Error> {
+        let s = &self.spec;
+        let (q, kv) = (s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim);
+        let (h, inter) = (s.hidden_size, s.intermediate_size);
+        let columns = columns_for(n);
+        let x = &self.activations[columns];
+        let w = &self.layers[layer];
+        let (w, x, n_out, k, output) = match product {
+            Product::Qkv => (&w.qkv, &x.h, q + 2 * kv, h, BF16),
+            Product::O => (&w.o, &x.attn_out, h, q, F32),
+            Product::GateUp => (&w.gate_up, &x.h, 2 * inter, h, GATED),
+            Product::Down => (&w.down, &x.act, h, inter, F32),
+            Product::Logits => (&self.lm_head, &x.h, s.vocab_size, h, F32),
+        };
+        let kernel = self.kernels.kernels[columns][output].as_ref();
+        let kernel = kernel.ok_or_else(|| Error::Device(format!("no kernel for {product:?} of {n} rows")))?;
+        let n_tiles = n_out.div_ceil(TILE_ROWS);
+        let k_blocks = k.div_ceil(64);
+        let split = match product {
+            Product::O | Product::Down => split(n_tiles, k_blocks, max_split(COLUMNS[columns]), self.n_sms),
+            _ => 1,
+        };
+        let launch = Launch {
+            grid: [split as u32, n_tiles.min(self.n_sms / split) as u32, 1],
+            block: THREADS,
+            shared_bytes: shared_bytes(COLUMNS[columns]),
+            dependent: true,
+        };
+        let args = [
+            Arg::Map(w),
+            Arg::Map(x),
+            Arg::Ptr(out),
+            Arg::Int(n_out as i32),
+            Arg::Int(n as i32),
+            Arg::Int(k_blocks as i32),
+        ];
+        kernel.launch(gpu.cu_stream(), launch, &args)?;
+        Ok(split)
+    }
+}
+
+/// Most parts for a kernel of `columns` rows: their sums must be read again by the norm that follows.
+fn max_split(columns: usize) -> usize {
+    if columns <= 64 { 4 } else { 2 }
+}
+
+/// Parts to cut K into, so that few tiles still occupy the device.
+fn split(n_tiles: usize, k_blocks: usize, most: usize, n_sms: usize) -> usize {
+    let fits = |split: usize| split <= most && n_tiles * split <= n_sms && k_blocks / split >= 4;
+    [4, 2].into_iter().find(|&split| fits(split)).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_batch_has_its_kernel() {
+        assert_eq!([1, 16, 17, 128, 129, 256].map(|n| COLUMNS[columns_for(n)]), [16, 16, 32, 128, 192, 256]);
+        for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Logits] {
+            assert!((1..=300).all(|n| !StreamGemm::takes(product, n) || columns_for(n) < COLUMNS.len()));
+        }
+    }
+
+    #[test]
+    fn rings_fit_the_multiprocessor() {
+        assert!(COLUMNS.iter().all(|&n| shared_bytes(n) <= 227 << 10));
+    }
+
+    #[test]
+    fn k_is_cut_while_the_device_has_room() {
+        // Llama-3.1-8B's o and down, Qwen2-0.5B's.
+        assert_eq!(split(32, 64, 4, 132), 4);
+        assert_eq!(split(32, 224, 2, 132), 2);
+        assert_eq!(split(7, 14, 4, 132), 2);
+        assert_eq!(split(7, 3, 4, 132), 1);
+        assert_eq!(split(100, 224, 4, 132), 1);
+    }
+}
