@@ -1,9 +1,10 @@
 //! Why a sequence ended.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Why a sequence ended, in OpenAI's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// An end-of-sequence token, stop token or stop string.

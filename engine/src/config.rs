@@ -67,6 +67,8 @@ pub struct EngineConfig {
     pub kv_cache_memory_bytes: Option<usize>,
     /// Reuse the KV pages of equal prompt prefixes.
     pub enable_prefix_caching: bool,
+    /// A file with a chat template in place of the model's, or the template itself.
+    pub chat_template: Option<String>,
     /// Who waits, and who gives pages back when they run out.
     pub scheduling_policy: SchedulingPolicy,
     /// Seeds dummy weights and requests that carry no seed.
@@ -87,6 +89,7 @@ impl Default for EngineConfig {
             gpu_memory_utilization: 0.9,
             kv_cache_memory_bytes: None,
             enable_prefix_caching: true,
+            chat_template: None,
             scheduling_policy: SchedulingPolicy::Fcfs,
             seed: 0,
             model_name: "default".into(),

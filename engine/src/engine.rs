@@ -101,6 +101,10 @@ impl Engine {
     pub fn load(source: impl AsRef<Path>, config: EngineConfig) -> Result<Self, Error> {
         let model = Model::open(source.as_ref(), config.load_format, config.seed)?;
         let Model { path, spec, weights, tokenizer, chat_template, generation, file_dtype } = model;
+        let chat_template = match &config.chat_template {
+            Some(given) => Some(ChatTemplate::from_file_or_text(given, &tokenizer)?),
+            None => chat_template,
+        };
         let (vocab_size, n_parameters) = (spec.vocab_size, spec.n_parameters());
         let architecture = spec.architecture.clone();
         let (seed, scheduling_policy) = (config.seed, config.scheduling_policy);

@@ -4,8 +4,10 @@ use std::{any::Any, convert::Infallible, hash::Hasher, sync::Arc, time::Instant}
 
 use bytes::Bytes;
 use ember_common::openai::SamplingFields;
+use ember_engine::SamplingParams;
 use http_body_util::{BodyExt, Full, Limited, combinators::UnsyncBoxBody};
 use hyper::{HeaderMap, Request, Response, StatusCode, header, http::request::Parts};
+use serde_json::{Map, Value};
 use tower::{BoxError, ServiceBuilder, ServiceExt, util::BoxCloneService};
 use tower_http::{catch_panic::CatchPanicLayer, trace::TraceLayer};
 
@@ -32,6 +34,8 @@ pub struct App {
     pub(crate) metrics: Metrics,
     pub(crate) admission: Admission,
     pub(crate) system_fingerprint: String,
+    /// For sampling fields that a request leaves open.
+    pub(crate) sampling_defaults: SamplingParams,
     /// Length of the longest token's text in bytes: a longer text than this times the context cannot fit.
     pub(crate) max_token_bytes: usize,
 }
@@ -48,7 +52,8 @@ impl App {
             (0..info.vocab_size as u32).map(|id| backend.token_bytes(id).len()).max().unwrap_or(1).max(1);
         let metrics = Metrics::new(info, &config);
         let admission = Admission::new(info.max_num_seqs, config.max_num_queued_reqs);
-        Arc::new(Self { backend, config, metrics, admission, system_fingerprint, max_token_bytes })
+        let sampling_defaults = config.sampling_defaults.over(backend.default_sampling_params());
+        Arc::new(Self { backend, config, metrics, admission, system_fingerprint, sampling_defaults, max_token_bytes })
     }
 
     /// Who is admitted.
@@ -101,6 +106,13 @@ impl App {
         asked.max(self.config.stream_interval)
     }
 
+    /// Variables of the chat template: the request's over the server's.
+    pub(crate) fn chat_template_kwargs(&self, own: Option<Map<String, Value>>) -> Map<String, Value> {
+        let mut kwargs = self.config.default_chat_template_kwargs.clone();
+        kwargs.extend(own.unwrap_or_default());
+        kwargs
+    }
+
     /// The path without the prefix that a proxy may have left on it.
     fn own_path<'a>(&self, path: &'a str) -> &'a str {
         match path.strip_prefix(&*self.config.root_path) {
@@ -147,7 +159,7 @@ impl App {
     where
         B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let body = if route.takes_json {
+        let body = if route.takes_json() {
             check_content_type(&parts.headers)?;
             read_body(body).await?
         } else {

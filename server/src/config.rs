@@ -3,9 +3,13 @@
 use std::{path::PathBuf, time::Duration};
 
 use ember_engine::EngineConfig;
+use serde_json::{Map, Value};
 use tower_http::cors::CorsLayer;
 
-use crate::output::{ReasoningFormat, ToolFormat};
+use crate::{
+    output::{ReasoningFormat, ToolFormat},
+    sampling_defaults::SamplingDefaults,
+};
 
 /// Everything that `ember serve` needs.
 #[derive(Debug, Clone)]
@@ -66,6 +70,10 @@ pub struct AppConfig {
     pub tool_call_parser: Option<&'static ToolFormat>,
     /// How the model marks reasoning; `None` leaves it in the content.
     pub reasoning_parser: Option<&'static ReasoningFormat>,
+    /// For sampling fields that a request leaves open.
+    pub sampling_defaults: SamplingDefaults,
+    /// Variables of the chat template that requests may override.
+    pub default_chat_template_kwargs: Map<String, Value>,
     /// For the metrics: as given to the engine.
     pub gpu_memory_utilization: f32,
     /// For the metrics: as given to the engine.
@@ -89,6 +97,8 @@ impl Default for AppConfig {
             enable_auto_tool_choice: false,
             tool_call_parser: None,
             reasoning_parser: None,
+            sampling_defaults: SamplingDefaults::default(),
+            default_chat_template_kwargs: Map::new(),
             gpu_memory_utilization: 0.9,
             enable_prefix_caching: true,
         }

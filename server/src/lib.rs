@@ -36,6 +36,7 @@ mod prompt;
 mod request_id;
 pub mod routes;
 mod sampling;
+pub mod sampling_defaults;
 pub mod stream;
 mod structured;
 pub mod tls;

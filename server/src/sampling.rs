@@ -23,6 +23,8 @@ pub struct EndpointParams {
     pub prompt_logprobs: Option<i64>,
     /// Longest prompt + output in tokens.
     pub max_model_len: usize,
+    /// Output tokens to which more are cut.
+    pub most_tokens: Option<u32>,
 }
 
 /// The engine's parameters. Ranges that the engine checks itself are left to it.
@@ -77,7 +79,7 @@ pub fn params(
         include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
         ignore_eos: fields.ignore_eos.unwrap_or(false),
         min_tokens: non_negative("min_tokens", fields.min_tokens)?.unwrap_or(0),
-        max_tokens: max_tokens(endpoint)?.or(defaults.max_tokens),
+        max_tokens: max_tokens(endpoint)?.or(defaults.max_tokens).map(|n| n.min(endpoint.most_tokens.unwrap_or(n))),
         logprobs: n_logprobs("logprobs", endpoint.logprobs)?,
         prompt_logprobs: n_logprobs("prompt_logprobs", prompt_logprobs)?,
         skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),

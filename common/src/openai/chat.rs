@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -7,7 +8,7 @@ use super::{ChatLogprobs, PromptLogprobs, StopReason, StreamUsage, ToolCall, Too
 use crate::FinishReason;
 
 /// The fields that chat has beside [`super::SamplingFields`].
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatFields {
     pub messages: Vec<Value>,
@@ -31,7 +32,7 @@ pub struct ChatFields {
 }
 
 /// The answer, not streamed.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatCompletion {
     pub id: String,
@@ -53,7 +54,7 @@ pub struct ChatCompletion {
 }
 
 /// One finished choice.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatChoice {
     pub index: usize,
@@ -67,7 +68,7 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatMessage {
     pub role: String,
@@ -99,7 +100,7 @@ impl ChatMessage {
 }
 
 /// One frame of a stream.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatCompletionChunk {
     pub id: String,
@@ -119,7 +120,7 @@ pub struct ChatCompletionChunk {
 }
 
 /// New output of one choice.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkChoice {
     pub index: usize,
@@ -133,7 +134,7 @@ pub struct ChunkChoice {
 }
 
 /// The part of the message that is new.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkDelta {
     #[serde(default, skip_serializing_if = "Option::is_none")]

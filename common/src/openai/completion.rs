@@ -1,5 +1,6 @@
 //! `POST /v1/completions`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -7,7 +8,7 @@ use super::{CompletionLogprobs, PromptLogprobs, StopReason, StreamUsage, Usage};
 use crate::FinishReason;
 
 /// The fields that completions have beside [`super::SamplingFields`].
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct CompletionFields {
     pub prompt: Option<PromptInput>,
@@ -18,7 +19,7 @@ pub struct CompletionFields {
 }
 
 /// One prompt or several, as text or as token ids.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(
     untagged,
     expecting = "expected a string, a list of strings, a list of token ids or a list of lists of token ids"
@@ -35,7 +36,7 @@ pub enum PromptInput {
 }
 
 /// The answer, not streamed.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct Completion {
     pub id: String,
@@ -54,7 +55,7 @@ pub struct Completion {
 }
 
 /// One finished choice.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct CompletionChoice {
     /// `prompt_idx * n + k`.
@@ -71,7 +72,7 @@ pub struct CompletionChoice {
 }
 
 /// One frame of a stream.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct CompletionChunk {
     pub id: String,
@@ -87,7 +88,7 @@ pub struct CompletionChunk {
 }
 
 /// New output of one choice.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct CompletionChunkChoice {
     pub index: usize,

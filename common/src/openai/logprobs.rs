@@ -1,5 +1,6 @@
 //! Log-probabilities in their three wire shapes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::OrderedMap;
@@ -8,14 +9,14 @@ use super::OrderedMap;
 pub const MIN_LOGPROB: f32 = -9999.0;
 
 /// Log-probabilities of a chat choice.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct ChatLogprobs {
     /// One entry per token.
     pub content: Vec<ChatTokenLogprob>,
 }
 
 /// One token of a chat choice.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ChatTokenLogprob {
     /// The token's text, or `token_id:N`.
     pub token: String,
@@ -28,7 +29,7 @@ pub struct ChatTokenLogprob {
 }
 
 /// One candidate at a position.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TopLogprob {
     /// The token's text, or `token_id:N`.
     pub token: String,
@@ -39,7 +40,7 @@ pub struct TopLogprob {
 }
 
 /// Log-probabilities of a completion choice; the lists run in parallel, one entry per token.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct CompletionLogprobs {
     /// Where each token starts in the text, in characters.
     pub text_offset: Vec<usize>,
@@ -55,7 +56,7 @@ pub struct CompletionLogprobs {
 pub type PromptLogprobs = Vec<Option<OrderedMap<PromptLogprob>>>;
 
 /// One candidate at a prompt position.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PromptLogprob {
     /// Natural logarithm of its probability.
     pub logprob: f32,

@@ -2,6 +2,7 @@
 
 use std::{fmt, marker::PhantomData};
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{MapAccess, Visitor},
@@ -20,6 +21,21 @@ impl<V> Default for OrderedMap<V> {
 impl<V> FromIterator<(String, V)> for OrderedMap<V> {
     fn from_iter<T: IntoIterator<Item = (String, V)>>(pairs: T) -> Self {
         Self(pairs.into_iter().collect())
+    }
+}
+
+impl<V: JsonSchema> JsonSchema for OrderedMap<V> {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        format!("MapOf{}", V::schema_name()).into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let values = generator.subschema_for::<V>();
+        json_schema!({"type": "object", "additionalProperties": values})
     }
 }
 

@@ -1,5 +1,6 @@
 //! Request fields that chat and completions share.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -7,7 +8,7 @@ use super::OrderedMap;
 
 /// Request fields that chat and completions share, as sent. `None` is absent or `null`; ranges are
 /// not checked here. Fields held as [`Value`] are ones that a server may have to refuse by name.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct SamplingFields {
     pub model: Option<String>,
@@ -56,7 +57,7 @@ pub struct SamplingFields {
 }
 
 /// What a stream carries beside text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 pub struct StreamOptions {
     /// End with a chunk of token counts.
     pub include_usage: Option<bool>,
@@ -65,7 +66,7 @@ pub struct StreamOptions {
 }
 
 /// A value or a list of them.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum OneOrMany<T> {
     /// A value.
@@ -85,7 +86,7 @@ impl<T> OneOrMany<T> {
 }
 
 /// What ended a choice beside its finish reason: a stop token or a stop string.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum StopReason {
     /// A token of `stop_token_ids` or a secondary end-of-sequence token.

@@ -1,10 +1,11 @@
 //! How a request prescribes the output's form.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
 /// OpenAI's way.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 pub struct ResponseFormat {
     /// `text`, `json_object`, `json_schema` or `structural_tag`.
     #[serde(rename = "type")]
@@ -14,7 +15,7 @@ pub struct ResponseFormat {
 }
 
 /// A named schema.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 pub struct JsonSchemaFormat {
     /// For people.
     pub name: String,
@@ -23,7 +24,7 @@ pub struct JsonSchemaFormat {
 }
 
 /// vLLM's way: one form and its options.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct StructuredOutputsFields {
     /// A JSON schema, or its text.

@@ -1,10 +1,11 @@
 //! `POST /tokenize` and `POST /detokenize`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// The body of `POST /tokenize`: either `prompt` or `messages`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct TokenizeFields {
     pub model: Option<String>,
@@ -21,7 +22,7 @@ pub struct TokenizeFields {
 }
 
 /// The answer of `POST /tokenize`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Tokenized {
     /// Length of `tokens`.
     pub count: usize,
@@ -34,7 +35,7 @@ pub struct Tokenized {
 }
 
 /// The body of `POST /detokenize`.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 pub struct DetokenizeFields {
     /// A served name.
     pub model: Option<String>,
@@ -43,7 +44,7 @@ pub struct DetokenizeFields {
 }
 
 /// The answer of `POST /detokenize`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Detokenized {
     /// The text.
     pub prompt: String,

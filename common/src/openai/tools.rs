@@ -1,10 +1,11 @@
 //! Tool definitions and calls.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// A tool that the model may call. The chat template sees it as it was sent.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 pub struct Tool {
     /// `function`.
     #[serde(rename = "type")]
@@ -14,7 +15,7 @@ pub struct Tool {
 }
 
 /// A function that the model may call.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 pub struct FunctionTool {
     /// Its name.
     pub name: String,
@@ -23,7 +24,7 @@ pub struct FunctionTool {
 }
 
 /// Whether and which tools are to be called.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected \"none\", \"auto\", \"required\" or an object that names a function")]
 pub enum ToolChoice {
     /// `none`, `auto` or `required`.
@@ -39,14 +40,14 @@ pub enum ToolChoice {
 }
 
 /// The name of a function.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct FunctionName {
     /// The name.
     pub name: String,
 }
 
 /// A call in a finished message.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ToolCall {
     /// Unique.
     pub id: String,
@@ -58,7 +59,7 @@ pub struct ToolCall {
 }
 
 /// What is called with what.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FunctionCall {
     /// The function.
     pub name: String,
@@ -67,7 +68,7 @@ pub struct FunctionCall {
 }
 
 /// A part of a call in a stream: its head once, then more of its arguments.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct ToolCallDelta {
     /// With the head.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -82,7 +83,7 @@ pub struct ToolCallDelta {
 }
 
 /// What is new of a call.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct FunctionCallDelta {
     /// With the head.
     #[serde(default, skip_serializing_if = "Option::is_none")]

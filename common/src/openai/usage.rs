@@ -1,9 +1,10 @@
 //! Token counts.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Token counts of a whole answer.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Usage {
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
@@ -25,14 +26,14 @@ impl Usage {
 }
 
 /// What the completion's tokens were for.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct CompletionTokensDetails {
     /// Tokens of the reasoning part.
     pub reasoning_tokens: usize,
 }
 
 /// Where the prompt's tokens came from.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct PromptTokensDetails {
     /// Tokens found in the prefix cache.
     pub cached_tokens: usize,
@@ -43,7 +44,7 @@ pub struct PromptTokensDetails {
 }
 
 /// Token counts on a stream chunk, where unused keys are left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct StreamUsage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,

@@ -20,7 +20,11 @@ use llguidance::{
 };
 use serde_json::{Value, json};
 
-use crate::{Error, engine::lock, text::Tokenizer};
+use crate::{
+    Error,
+    engine::lock,
+    text::{TokenTable, Tokenizer},
+};
 
 /// Between two JSON tokens if the request does not say otherwise: any whitespace, but not endless.
 const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
@@ -133,29 +137,15 @@ pub struct GrammarCompiler {
 
 /// What a trie is made of.
 struct Vocabulary {
-    words: Vec<Vec<u8>>,
+    table: Arc<TokenTable>,
     eos_token_ids: Vec<u32>,
 }
 
 impl GrammarCompiler {
     /// A compiler for `tokenizer`'s tokens, with `eos_token_ids` as the ends of an output.
     pub fn new(tokenizer: &Tokenizer, eos_token_ids: &[u32]) -> Self {
-        let n_tokens = tokenizer.vocab_size() as u32;
-        let mut words: Vec<Vec<u8>> = (0..n_tokens)
-            .map(|id| match tokenizer.is_special(id) || eos_token_ids.contains(&id) {
-                // So marked, no text matches it.
-                true => [&[TokTrie::SPECIAL_TOKEN_MARKER], tokenizer.token_bytes(id).as_slice()].concat(),
-                false => tokenizer.token_bytes(id),
-            })
-            .collect();
-        let mut eos_token_ids: Vec<u32> = eos_token_ids.iter().copied().filter(|&id| id < n_tokens).collect();
-        if eos_token_ids.is_empty() {
-            // One past the vocabulary, so that it is never sampled.
-            words.push([&[TokTrie::SPECIAL_TOKEN_MARKER], &b"<end>"[..]].concat());
-            eos_token_ids.push(n_tokens);
-        }
         Self {
-            vocabulary: Vocabulary { words, eos_token_ids },
+            vocabulary: Vocabulary { table: tokenizer.table().clone(), eos_token_ids: eos_token_ids.to_vec() },
             factory: OnceLock::new(),
             cache: Mutex::new(Vec::new()),
         }
@@ -199,8 +189,22 @@ impl GrammarCompiler {
 
 impl Vocabulary {
     fn factory(&self) -> Result<ParserFactory, String> {
-        let info = TokRxInfo::new(self.words.len() as u32, self.eos_token_ids[0]);
-        let trie = TokTrie::from(&info, &self.words).with_eos_tokens(&self.eos_token_ids);
+        let n_tokens = self.table.len() as u32;
+        let mut eos_token_ids: Vec<u32> = self.eos_token_ids.iter().copied().filter(|&id| id < n_tokens).collect();
+        // So marked, no text matches a token.
+        let marked = |bytes: &[u8]| [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat();
+        let word = |id: u32| match self.table.is_special(id) || eos_token_ids.contains(&id) {
+            true => marked(self.table.bytes(id)),
+            false => self.table.bytes(id).to_vec(),
+        };
+        let mut words: Vec<Vec<u8>> = (0..n_tokens).map(word).collect();
+        if eos_token_ids.is_empty() {
+            // One past the vocabulary, so that it is never sampled.
+            words.push(marked(b"<end>"));
+            eos_token_ids.push(n_tokens);
+        }
+        let info = TokRxInfo::new(words.len() as u32, eos_token_ids[0]);
+        let trie = TokTrie::from(&info, &words).with_eos_tokens(&eos_token_ids);
         let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&tokens).map_err(|error| error.to_string())?;
         factory.quiet().limits_mut().verbose_errors = false;

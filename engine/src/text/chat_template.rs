@@ -98,6 +98,20 @@ impl ChatTemplate {
         Self::named(path, vec![("default".into(), source.to_owned())], tokenizer)
     }
 
+    /// The template `given`: a file's name, or the template itself, which has a tag.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the file cannot be read or the template is not valid Jinja.
+    pub fn from_file_or_text(given: &str, tokenizer: &Tokenizer) -> Result<Self, Error> {
+        if given.contains("{{") || given.contains("{%") {
+            return Self::from_source(Path::new("--chat-template"), given, tokenizer);
+        }
+        let path = Path::new(given);
+        let source = std::fs::read_to_string(path);
+        let source = source.map_err(|e| Error::model(path, format!("--chat-template: cannot read the file: {e}")))?;
+        Self::from_source(path, &source, tokenizer)
+    }
+
     fn named(path: &Path, templates: Vec<(String, String)>, tokenizer: &Tokenizer) -> Result<Self, Error> {
         let Some((_, source)) = templates.iter().find(|(name, _)| name == "default").cloned() else {
             let names: Vec<_> = templates.iter().map(|(name, _)| name.as_str()).collect();

@@ -13,4 +13,5 @@ mod tokenizer;
 pub use chat_template::{ChatOptions, ChatTemplate};
 pub use detokenize::Detokenizer;
 pub use stop::StopMatcher;
+pub(crate) use token_table::TokenTable;
 pub use tokenizer::Tokenizer;

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 /// Bytes of every token and whether it is special. Built once per model.
 #[derive(Debug)]
-pub(super) struct TokenTable {
+pub(crate) struct TokenTable {
     /// Bytes of all tokens, one after the other.
     bytes: Vec<u8>,
     /// `[n_tokens + 1]`: where a token's bytes begin and its predecessor's end.
@@ -85,12 +85,12 @@ impl TokenTable {
     }
 
     /// Token ids are below this.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.special.len()
     }
 
     /// Bytes of token `id`; none if there is no such token.
-    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+    pub(crate) fn bytes(&self, id: u32) -> &[u8] {
         match self.starts.get(id as usize..id as usize + 2) {
             Some(&[start, end]) => &self.bytes[start as usize..end as usize],
             _ => &[],
@@ -98,7 +98,7 @@ impl TokenTable {
     }
 
     /// Whether token `id` is special.
-    pub(super) fn is_special(&self, id: u32) -> bool {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)
     }
 }

@@ -196,7 +196,7 @@ impl Tokenizer {
         &self.special.texts
     }
 
-    pub(super) fn table(&self) -> &Arc<TokenTable> {
+    pub(crate) fn table(&self) -> &Arc<TokenTable> {
         &self.table
     }
 }

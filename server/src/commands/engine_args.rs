@@ -50,6 +50,10 @@ pub struct EngineArgs {
     #[arg(long, env = "EMBER_NO_ENABLE_PREFIX_CACHING", action = ArgAction::SetTrue)]
     pub no_enable_prefix_caching: bool,
 
+    /// A file with the chat template in Jinja, or the template itself [default: the model's].
+    #[arg(long, env = "EMBER_CHAT_TEMPLATE", value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
+
     /// Who goes first when there is not room for all: fcfs, or the requests' priority.
     #[arg(long, env = "EMBER_SCHEDULING_POLICY", default_value = "fcfs", value_enum)]
     pub scheduling_policy: Policy,
@@ -142,6 +146,7 @@ impl EngineArgs {
             gpu_memory_utilization: self.gpu_memory_utilization,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             enable_prefix_caching: !self.no_enable_prefix_caching,
+            chat_template: self.chat_template.clone(),
             scheduling_policy: match self.scheduling_policy {
                 Policy::Fcfs => SchedulingPolicy::Fcfs,
                 Policy::Priority => SchedulingPolicy::Priority,

@@ -4,6 +4,7 @@ use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Dur
 
 use clap::Args;
 use ember_engine::Engine;
+use serde_json::{Map, Value};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine_args::EngineArgs;
@@ -13,6 +14,7 @@ use crate::{
     cors,
     listener::{self, End},
     output::{self, ReasoningFormat, ToolFormat},
+    sampling_defaults::SamplingDefaults,
     tls,
 };
 
@@ -117,6 +119,24 @@ pub struct ServeArgs {
     #[arg(long, env = "EMBER_REASONING_PARSER", value_name = "NAME", value_parser = output::reasoning_format, help_heading = "Server")]
     pub reasoning_parser: Option<&'static ReasoningFormat>,
 
+    /// Variables of the chat template that requests may override, such as '{"enable_thinking": false}'.
+    #[arg(long, env = "EMBER_DEFAULT_CHAT_TEMPLATE_KWARGS", value_name = "JSON", value_parser = parse_object, help_heading = "Server")]
+    pub default_chat_template_kwargs: Option<Map<String, Value>>,
+
+    /// Defaults of sampling fields: auto (the model's generation_config.json), vllm (none), or a folder with that file.
+    #[arg(
+        long,
+        env = "EMBER_GENERATION_CONFIG",
+        default_value = "auto",
+        value_name = "SOURCE",
+        help_heading = "Server"
+    )]
+    pub generation_config: String,
+
+    /// More of them, such as '{"temperature": 0.5}'; `max_new_tokens` caps every request.
+    #[arg(long, env = "EMBER_OVERRIDE_GENERATION_CONFIG", value_name = "JSON", help_heading = "Server")]
+    pub override_generation_config: Option<String>,
+
     /// Say in usage.prompt_tokens_details how much of the prompt was cached.
     #[arg(long, env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS", help_heading = "Server")]
     pub enable_prompt_tokens_details: bool,
@@ -188,6 +208,11 @@ impl ServeArgs {
                 enable_request_id_headers: self.enable_request_id_headers,
                 stream_interval: self.stream_interval,
                 enable_auto_tool_choice: self.enable_auto_tool_choice,
+                sampling_defaults: SamplingDefaults::new(
+                    &self.generation_config,
+                    self.override_generation_config.as_deref(),
+                )?,
+                default_chat_template_kwargs: self.default_chat_template_kwargs.clone().unwrap_or_default(),
                 tool_call_parser: self.tool_call_parser,
                 reasoning_parser: self.reasoning_parser,
                 gpu_memory_utilization: engine.gpu_memory_utilization,
@@ -203,6 +228,10 @@ impl ServeArgs {
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
         })
     }
+}
+
+fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))
 }
 
 fn seconds(flag: &'static str, seconds: f64) -> Result<Duration, Error> {

@@ -40,15 +40,16 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         logprobs: n_top_logprobs,
         prompt_logprobs: None,
         max_model_len: app.backend.info().max_model_len,
+        most_tokens: app.config.sampling_defaults.max_tokens(),
     };
-    let mut params = sampling::params(&fields, endpoint, app.backend.default_sampling_params())?;
+    let mut params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
     tracing::Span::current().record("id", &id);
 
     let echo = if fields.echo == Some(true) { own.messages.last().and_then(assistant_text) } else { None };
     let return_prompt_text = own.return_prompt_text == Some(true);
     let shows_reasoning = own.include_reasoning != Some(false);
-    let text = conversation(own)?.render(&app)?;
+    let text = conversation(&app, own)?.render(&app)?;
     let form_param = match tools.grammar()? {
         None => structured::param(&fields),
         // A call that must be made outranks the form of an answer.
@@ -258,8 +259,8 @@ fn name_max_tokens(mut error: ApiError, name: &'static str) -> ApiError {
     error
 }
 
-fn conversation(own: ChatFields) -> Result<Chat, ApiError> {
-    let mut kwargs = own.chat_template_kwargs.unwrap_or_default();
+fn conversation(app: &App, own: ChatFields) -> Result<Chat, ApiError> {
+    let mut kwargs = app.chat_template_kwargs(own.chat_template_kwargs);
     if let Some(effort) = own.reasoning_effort {
         if !REASONING_EFFORTS.contains(&effort.as_str()) {
             return Err(ApiError::invalid(

@@ -36,8 +36,9 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         logprobs: own.logprobs,
         prompt_logprobs: own.logprobs.filter(|_| is_echo),
         max_model_len: app.backend.info().max_model_len,
+        most_tokens: app.config.sampling_defaults.max_tokens(),
     };
-    let params = sampling::params(&fields, endpoint, app.backend.default_sampling_params())?;
+    let params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
     tracing::Span::current().record("id", &id);
 

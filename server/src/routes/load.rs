@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hyper::Response;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
@@ -11,8 +12,10 @@ use crate::{
     json,
 };
 
-#[derive(Serialize)]
-struct Load {
+/// The body of `GET /load`.
+#[derive(Serialize, JsonSchema)]
+pub struct Load {
+    /// Sequences that are running or waiting.
     server_load: usize,
 }
 

@@ -7,13 +7,19 @@ mod health;
 mod load;
 mod metrics;
 mod models;
+mod openapi;
 mod tokenize;
 mod version;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
+use ember_common::openai::{
+    ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields, DetokenizeFields,
+    Detokenized, ModelList, SamplingFields, TokenizeFields, Tokenized,
+};
 use hyper::{Method, Response, http::request::Parts};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
     ApiError,
@@ -40,40 +46,121 @@ pub struct Route {
     pub path: &'static str,
     /// The methods it answers.
     pub methods: &'static [Method],
-    /// Whether it needs `Content-Type: application/json` and a body.
-    pub takes_json: bool,
     /// Whether its requests count in the HTTP metrics; probes do not.
     pub is_measured: bool,
+    /// What it does, in one line.
+    pub summary: &'static str,
+    /// Schemas of the JSON body that it needs; several together make it up. Empty for one that takes no body.
+    pub request: &'static [SchemaOf],
+    /// Its answer's body.
+    pub answer: AnswerBody,
     /// Answers a request.
     pub handler: fn(Arc<App>, Call) -> Answer,
 }
 
+/// Makes the schema of a type.
+pub type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
+
+/// What an endpoint answers with.
+pub enum AnswerBody {
+    /// Nothing.
+    Empty,
+    /// Text.
+    Text,
+    /// JSON.
+    Json(SchemaOf),
+    /// JSON, or server-sent events of the second.
+    JsonOrStream(SchemaOf, SchemaOf),
+}
+
+impl Route {
+    /// Whether it needs `Content-Type: application/json` and a body.
+    pub fn takes_json(&self) -> bool {
+        !self.request.is_empty()
+    }
+}
+
+const fn schema<T: JsonSchema>() -> SchemaOf {
+    |generator| generator.subschema_for::<T>()
+}
+
 /// All endpoints, sorted by path.
 pub const ROUTES: &[Route] = &[
-    json("/detokenize", |app, call| Box::pin(detokenize::answer(app, call))),
-    probe("/health", GET, |app, _| Box::pin(health::answer(app))),
-    probe("/load", GET, |app, _| Box::pin(load::answer(app))),
-    probe("/metrics", GET, |app, _| Box::pin(metrics::answer(app))),
-    probe("/ping", GET_OR_POST, |app, _| Box::pin(health::answer(app))),
-    json("/tokenize", |app, call| Box::pin(tokenize::answer(app, call))),
-    json("/v1/chat/completions", |app, call| Box::pin(chat_completions::answer(app, call))),
-    json("/v1/completions", |app, call| Box::pin(completions::answer(app, call))),
+    Route {
+        path: "/detokenize",
+        methods: POST,
+        is_measured: true,
+        summary: "Token ids to text.",
+        request: &[schema::<DetokenizeFields>()],
+        answer: AnswerBody::Json(schema::<Detokenized>()),
+        handler: |app, call| Box::pin(detokenize::answer(app, call)),
+    },
+    probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
+        Box::pin(health::answer(app))
+    }),
+    probe(
+        "/load",
+        GET,
+        "Sequences that are running or waiting.",
+        AnswerBody::Json(schema::<load::Load>()),
+        |app, _| Box::pin(load::answer(app)),
+    ),
+    probe("/metrics", GET, "Metrics in Prometheus' text format.", AnswerBody::Text, |app, _| {
+        Box::pin(metrics::answer(app))
+    }),
+    probe("/openapi.json", GET, "This document.", AnswerBody::Json(schema::<serde_json::Value>()), |app, _| {
+        Box::pin(openapi::answer(app))
+    }),
+    probe("/ping", GET_OR_POST, "As /health.", AnswerBody::Empty, |app, _| Box::pin(health::answer(app))),
+    Route {
+        path: "/tokenize",
+        methods: POST,
+        is_measured: true,
+        summary: "A text or a conversation to token ids.",
+        request: &[schema::<TokenizeFields>()],
+        answer: AnswerBody::Json(schema::<Tokenized>()),
+        handler: |app, call| Box::pin(tokenize::answer(app, call)),
+    },
+    Route {
+        path: "/v1/chat/completions",
+        methods: POST,
+        is_measured: true,
+        summary: "Answers a conversation.",
+        request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
+        handler: |app, call| Box::pin(chat_completions::answer(app, call)),
+    },
+    Route {
+        path: "/v1/completions",
+        methods: POST,
+        is_measured: true,
+        summary: "Continues prompts.",
+        request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
+        handler: |app, call| Box::pin(completions::answer(app, call)),
+    },
     Route {
         path: "/v1/models",
         methods: GET,
-        takes_json: false,
         is_measured: true,
+        summary: "The served names.",
+        request: &[],
+        answer: AnswerBody::Json(schema::<ModelList>()),
         handler: |app, _| Box::pin(models::answer(app)),
     },
-    probe("/version", GET, |_, _| Box::pin(version::answer())),
+    probe("/version", GET, "The server's version.", AnswerBody::Json(schema::<version::Version>()), |_, _| {
+        Box::pin(version::answer())
+    }),
 ];
 
-const fn json(path: &'static str, handler: fn(Arc<App>, Call) -> Answer) -> Route {
-    Route { path, methods: POST, takes_json: true, is_measured: true, handler }
-}
-
-const fn probe(path: &'static str, methods: &'static [Method], handler: fn(Arc<App>, Call) -> Answer) -> Route {
-    Route { path, methods, takes_json: false, is_measured: false, handler }
+const fn probe(
+    path: &'static str,
+    methods: &'static [Method],
+    summary: &'static str,
+    answer: AnswerBody,
+    handler: fn(Arc<App>, Call) -> Answer,
+) -> Route {
+    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
 }
 
 /// The endpoint at `path`.

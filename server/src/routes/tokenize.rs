@@ -26,7 +26,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
                 messages,
                 tools: fields.tools,
                 documents: None,
-                kwargs: fields.chat_template_kwargs.unwrap_or_default(),
+                kwargs: app.chat_template_kwargs(fields.chat_template_kwargs),
                 add_generation_prompt: fields.add_generation_prompt,
                 continue_final_message: fields.continue_final_message,
             };

@@ -1,12 +1,15 @@
 //! `GET /version`.
 
 use hyper::Response;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{ApiError, app::Body, json};
 
-#[derive(Serialize)]
-struct Version {
+/// The body of `GET /version`.
+#[derive(Serialize, JsonSchema)]
+pub struct Version {
+    /// Of the server.
     version: &'static str,
 }
 

@@ -371,3 +371,26 @@ async fn keys_guard_v1_and_nothing_else() {
         assert_eq!(send(&app, with_key(Method::GET, path, None)).await.0, 200, "{path}");
     }
 }
+
+#[tokio::test]
+async fn the_operators_defaults_hold_where_a_request_is_silent() {
+    let sampling_defaults = ember_server::sampling_defaults::SamplingDefaults::new(
+        "vllm",
+        Some(r#"{"temperature": 0, "max_new_tokens": 3}"#),
+    )
+    .unwrap();
+    let (app, _) = app(ember_server::config::AppConfig { sampling_defaults, ..config() });
+    let ask = async |fields: Value| {
+        let mut body = body(CHAT);
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        send(&app, post(CHAT, body.to_string())).await
+    };
+    // Greedy, so one choice at most.
+    assert_eq!(ask(json!({"n": 2})).await.0, 400);
+    assert_eq!(ask(json!({"n": 2, "temperature": 1})).await.0, 200);
+    for max_tokens in [json!(null), json!(50)] {
+        let (_, text) = ask(json!({"max_tokens": max_tokens})).await;
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(answer["usage"]["completion_tokens"], 3, "{text}");
+    }
+}

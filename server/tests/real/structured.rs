@@ -93,7 +93,20 @@ async fn other_forms_hold_too_beside_free_requests() {
 
 #[tokio::test]
 async fn tools_are_called_as_they_are_declared() {
-    let server = Server::tiny(&["--tool-call-parser", "hermes"]);
+    // The template is not the model's own, and takes a variable of the server's.
+    let template = "{{ word }}{% for message in messages %}{{ message.content }}{% endfor %}";
+    let kwargs = r#"{"word": "Hello "}"#;
+    let server = Server::tiny(&[
+        "--tool-call-parser",
+        "hermes",
+        "--chat-template",
+        template,
+        "--default-chat-template-kwargs",
+        kwargs,
+    ]);
+    let body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "return_prompt_text": true});
+    let answer: Value = serde_json::from_str(&text(server.post("/v1/chat/completions", &body).await).await).unwrap();
+    assert_eq!(answer["prompt_text"], "Hello x");
     let parameters = json!({
         "type": "object", "required": ["city", "days"], "additionalProperties": false, "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
         "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"$ref": "#/$defs/days"}}
