@@ -91,7 +91,7 @@ async fn clients_that_hang_up_cost_nobody_anything() {
     let server = match std::env::var_os("EMBER_TEST_MODEL") {
         // A cache that the first rounds touch in full: resident memory grows until they have.
         Some(model) => Server::start(Path::new(&model), &["--max-num-seqs", "48", "--kv-cache-memory-bytes", "128M"]),
-        None => Server::tiny(&["--max-num-seqs", "48", "--kv-cache-memory-bytes", "800K"]),
+        None => Server::tiny(&["--max-num-seqs", "48", "--kv-cache-memory-bytes", "400K"]),
     };
     let n_rounds = std::env::var("EMBER_TEST_ROUNDS").map_or(N_ROUNDS, |n| n.parse().unwrap());
     let mut resident = Vec::new();
