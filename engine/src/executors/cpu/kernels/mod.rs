@@ -151,7 +151,7 @@ impl Kernels {
     }
 
     /// Multiplies a group of eight weight rows with the rows of `activations`: `out[m, n]`, `n` in `0..8`.
-    /// `group`: as [`super::packed::PackedMatrix::group`] gives it, of as many columns as the activations.
+    /// `group`: as `PackedMatrix::group` gives it, of as many columns as the activations.
     ///
     /// # Safety
     /// `out` must be valid for `activations.width` rows of eight elements, and nobody else may use them meanwhile.
