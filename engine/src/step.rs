@@ -123,6 +123,12 @@ impl StepInput {
         self.token_ids.len()
     }
 
+    /// Query row whose logits `sample` is drawn from: the last of its sequence.
+    pub fn sample_row(&self, sample: &SampleRow) -> usize {
+        let seq = &self.seqs[sample.seq];
+        (seq.query_start + seq.query_len - 1) as usize
+    }
+
     /// Pages of `seq`, in token order.
     pub fn pages(&self, seq: &StepSeq) -> &[u32] {
         &self.block_tables[seq.block_table.clone()]

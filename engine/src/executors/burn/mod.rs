@@ -62,14 +62,7 @@ impl BurnExecutor {
         let plan = AttentionPlan::new(self.model.spec(), step, &self.device);
         let hidden = self.model.forward(step, &plan);
 
-        let rows: Vec<usize> = step
-            .samples
-            .iter()
-            .map(|sample| {
-                let seq = &step.seqs[sample.seq];
-                (seq.query_start + seq.query_len - 1) as usize
-            })
-            .collect();
+        let rows: Vec<usize> = step.samples.iter().map(|sample| step.sample_row(sample)).collect();
         let tokens = if rows.is_empty() {
             Vec::new()
         } else {

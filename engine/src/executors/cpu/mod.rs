@@ -79,14 +79,7 @@ impl CpuExecutor {
     }
 
     fn sample(&mut self, step: &StepInput) -> Vec<SampledToken> {
-        let rows: Vec<usize> = step
-            .samples
-            .iter()
-            .map(|sample| {
-                let seq = &step.seqs[sample.seq];
-                (seq.query_start + seq.query_len - 1) as usize
-            })
-            .collect();
+        let rows: Vec<usize> = step.samples.iter().map(|sample| step.sample_row(sample)).collect();
         let (vocab_size, kernels) = (self.model.vocab_size(), self.model.kernels());
         let mut tokens: Vec<Option<SampledToken>> = vec![None; rows.len()];
         for ((rows, samples), tokens) in

@@ -129,9 +129,7 @@ impl CudaExecutor {
     /// Enqueues the forward pass of `step`, logits of the rows to sample included.
     fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
         if let Some(bucket) = bucket {
-            let [short, long] = &self.setup.graphs[bucket];
-            let graph = if Contexts::of(shape.n_blocks) == Contexts::Short { short } else { long };
-            return graph.launch(&self.gpu);
+            return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
         forward.chunks(&self.gpu, shape)?;

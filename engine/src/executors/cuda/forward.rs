@@ -13,7 +13,8 @@ use super::{
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
     ops::{Contexts, Gemv, Ops},
-    stream_gemm::{Product, StreamGemm},
+    product::Product,
+    stream_gemm::StreamGemm,
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -111,23 +112,15 @@ impl Forward {
         self.stream_gemm.is_some() && StreamGemm::takes(product, n)
     }
 
-    /// The products of a layer for `n` rows: q/k/v, o, gate/up, down.
-    pub(super) fn layer_shapes(&self, n: usize) -> [GemmShape; 4] {
-        let s = &self.spec;
-        let (q, kv, m) = (s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim, padded_rows(n));
-        let (h, inter) = (s.hidden_size, s.intermediate_size);
-        [
-            GemmShape { m, n: q + 2 * kv, k: h, output: GemmOutput::Bf16 },
-            GemmShape { m, n: h, k: q, output: GemmOutput::AddF32 },
-            GemmShape { m, n: 2 * inter, k: h, output: GemmOutput::Bf16 },
-            GemmShape { m, n: h, k: inter, output: GemmOutput::AddF32 },
-        ]
-    }
-
-    /// The output projection for `n` rows.
-    pub(super) fn logits_shape(&self, n: usize) -> GemmShape {
-        let s = &self.spec;
-        GemmShape { m: padded_rows(n), n: s.vocab_size, k: s.hidden_size, output: GemmOutput::F32 }
+    /// `product` for `n` rows in cuBLASLt.
+    pub(super) fn gemm_shape(&self, product: Product, n: usize) -> GemmShape {
+        let (n_out, k) = product.size(&self.spec);
+        let output = match product {
+            Product::Qkv | Product::GateUp => GemmOutput::Bf16,
+            Product::O | Product::Down => GemmOutput::AddF32,
+            Product::Logits => GemmOutput::F32,
+        };
+        GemmShape { m: padded_rows(n), n: n_out, k, output }
     }
 
     /// Address of an input array.
@@ -191,16 +184,15 @@ impl Forward {
             }
             return Ok(());
         }
-        let [qkv, o, gate_up, down] = self.layer_shapes(n);
         let w = &self.weights.layers[layer];
-        let (shape, operands) = match product {
-            Product::Qkv => (qkv, Operands { x: h, w: w.qkv.ptr(), y: b.qkv.ptr() }),
-            Product::O => (o, Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x }),
-            Product::GateUp => (gate_up, Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() }),
-            Product::Down => (down, Operands { x: act, w: w.down.ptr(), y: x }),
-            Product::Logits => (self.logits_shape(n), Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() }),
+        let operands = match product {
+            Product::Qkv => Operands { x: h, w: w.qkv.ptr(), y: b.qkv.ptr() },
+            Product::O => Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x },
+            Product::GateUp => Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() },
+            Product::Down => Operands { x: act, w: w.down.ptr(), y: x },
+            Product::Logits => Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() },
         };
-        self.gemm.run(gpu, shape, operands)?;
+        self.gemm.run(gpu, self.gemm_shape(product, n), operands)?;
         if product != Product::GateUp {
             return Ok(());
         }

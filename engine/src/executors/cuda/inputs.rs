@@ -204,13 +204,10 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
     let fill = |to: &mut [i32], values: &mut dyn Iterator<Item = i32>, n: usize, padding: i32| {
         to[..n].iter_mut().for_each(|to| *to = values.next().unwrap_or(padding));
     };
-    let last_row = |row: &SampleRow| {
-        let seq = &step.seqs[row.seq];
-        (seq.query_start + seq.query_len - 1) as i32
-    };
+    let sample_row = |row: &SampleRow| step.sample_row(row) as i32;
     fill(layout.context_lens.of(block), &mut step.seqs.iter().map(|s| s.context_len as i32), n_rows, 0);
     let n_samples = bucket.unwrap_or(step.samples.len());
-    fill(layout.sample_rows.of(block), &mut step.samples.iter().map(last_row), n_samples, 0);
+    fill(layout.sample_rows.of(block), &mut step.samples.iter().map(sample_row), n_samples, 0);
     let params = layout.sample_params.of(block);
     for (to, row) in params.chunks_exact_mut(8).zip(&step.samples) {
         to.copy_from_slice(&sample_params(row, step.seqs[row.seq].slot));

@@ -25,6 +25,7 @@ mod load;
 mod memory;
 mod ops;
 mod plan;
+mod product;
 mod sampling;
 mod selftest;
 mod setup;

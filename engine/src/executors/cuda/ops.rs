@@ -6,6 +6,7 @@ use super::{
     device::Gpu,
     inputs::TILE_ROWS,
     kernel::{Kernel, Launch},
+    product::Product,
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -88,7 +89,7 @@ pub(super) struct Gemvs {
     pub(super) logits: Gemv,
 }
 
-/// Macro and name of each GEMV of [`Gemvs`], in its order.
+/// Macro and name of each GEMV of [`Gemvs`], in the order of [`Product::ALL`].
 const GEMV_KINDS: [(&str, &str); 5] = [
     ("GEMV_NORM", "gemv_norm"),
     ("GEMV_RESIDUAL", "gemv_residual"),
@@ -99,13 +100,6 @@ const GEMV_KINDS: [(&str, &str); 5] = [
 
 /// Variants before the GEMVs.
 const N_OTHERS: usize = 6;
-
-/// Rows of weights and their length, for each GEMV of [`Gemvs`].
-fn gemv_sizes(spec: &DecoderSpec) -> [(usize, usize); 5] {
-    let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
-    let (h, inter) = (spec.hidden_size, spec.intermediate_size);
-    [(q + 2 * kv, h), (h, q), (2 * inter, h), (h, inter), (spec.vocab_size, h)]
-}
 
 /// All kernels of a model.
 pub(super) struct Ops {
@@ -136,7 +130,7 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
         let of = move |((kind, _), (n_out, k)): ((&str, &str), (usize, usize))| {
             GemvShape::new((n_out, k), tiles, max_shared).variant(kind, k)
         };
-        GEMV_KINDS.into_iter().zip(gemv_sizes(spec)).map(of).collect::<Vec<_>>()
+        GEMV_KINDS.into_iter().zip(Product::ALL.map(|product| product.size(spec))).map(of).collect::<Vec<_>>()
     });
     let others = vec![
         Variant::new(&compile::EMBED, &[]),
@@ -185,7 +179,7 @@ impl Ops {
         let prefill_attention = one(5, if hopper { "prefill_attention_sm90" } else { "prefill_attention" })?;
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
         let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
-            let (n_out, k) = gemv_sizes(spec)[i];
+            let (n_out, k) = Product::ALL[i].size(spec);
             let shape = GemvShape::new((n_out, k), batch_tiles(hopper)[set], gpu.max_shared);
             let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
             kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;

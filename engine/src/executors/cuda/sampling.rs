@@ -314,7 +314,7 @@ fn wants_threshold(params: &SamplingParams) -> bool {
 fn with_token_in_flight(step: &StepInput, row: &SampleRow, last_tokens: &[i32]) -> SampleRow {
     let mut row = row.clone();
     let seq = &step.seqs[row.seq];
-    let input = step.token_ids[(seq.query_start + seq.query_len - 1) as usize];
+    let input = step.token_ids[step.sample_row(&row)];
     if input < 0
         && let Some(history) = &mut row.history
     {

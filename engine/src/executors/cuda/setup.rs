@@ -14,7 +14,8 @@ use super::{
     memory::DeviceBuffer,
     ops::{self, BATCH_TILE_ROWS, Contexts, Ops},
     plan::{self, MemoryInputs},
-    stream_gemm::{Product, StreamGemm, StreamKernels},
+    product::Product,
+    stream_gemm::{StreamGemm, StreamKernels},
 };
 use crate::{
     DTypeChoice, EngineConfig, Error, LoadFormat, decoder::DecoderSpec, executors::Capacity, step::PAGE_SIZE,
@@ -33,7 +34,7 @@ pub(super) struct Setup {
     pub(super) forward: Forward,
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
-    /// Graphs of each bucket, for short and for long contexts.
+    /// Graphs of each bucket, for each of [`Contexts`].
     pub(super) graphs: Vec<[Graph; 2]>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
@@ -235,14 +236,14 @@ fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Erro
     ];
     let (h, logits) = (b.h.ptr(), b.logits.ptr());
     for &m in &sizes {
-        let products = [Product::Qkv, Product::O, Product::GateUp, Product::Down];
-        for (i, shape) in forward.layer_shapes(m).into_iter().enumerate() {
-            if !forward.streams(products[i], m) {
+        for (i, product) in Product::LAYER.into_iter().enumerate() {
+            if !forward.streams(product, m) {
+                let shape = forward.gemm_shape(product, m);
                 forward.gemm.tune(gpu, shape, &weights[i], xy[i])?;
             }
         }
         if m <= limits.logits_rows() && !forward.streams(Product::Logits, m) {
-            let shape = forward.logits_shape(m);
+            let shape = forward.gemm_shape(Product::Logits, m);
             forward.gemm.tune(gpu, shape, &[forward.weights.lm_head()], (h, logits))?;
         }
     }

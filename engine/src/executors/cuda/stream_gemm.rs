@@ -7,6 +7,8 @@ use super::{
     device::Gpu,
     kernel::{Arg, Kernel, Launch},
     load::Weights,
+    memory::DeviceBuffer,
+    product::Product,
     tensor_map::TensorMap,
 };
 use crate::{Error, decoder::DecoderSpec};
@@ -28,21 +30,6 @@ const OUTPUTS: [usize; 3] = [0, 1, 2];
 const BF16: usize = 0;
 const F32: usize = 1;
 const GATED: usize = 2;
-
-/// A product of the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Product {
-    /// To q, k and v: bf16.
-    Qkv,
-    /// Of the attention's output: added to the residual stream.
-    O,
-    /// Gate and up projections.
-    GateUp,
-    /// Of the MLP's activations: added to the residual stream.
-    Down,
-    /// To logits: float32.
-    Logits,
-}
 
 /// The kernels, before there is anything to run them on.
 pub(super) struct StreamKernels {
@@ -123,29 +110,38 @@ impl StreamGemm {
         buffers: &StepBuffers,
     ) -> Result<Self, Error> {
         gpu.bind()?;
-        let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
-        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
-        let n_rows = buffers.h.n_bytes() / (2 * h);
+        let n_rows = buffers.h.n_bytes() / (2 * spec.hidden_size);
         let activations = COLUMNS.map(|columns| {
+            let map = |x: &DeviceBuffer, product: Product| {
+                TensorMap::of_activations(x.ptr(), n_rows, product.size(spec).1, columns)
+            };
             Ok(ActivationMaps {
-                h: TensorMap::of_activations(buffers.h.ptr(), n_rows, h, columns)?,
-                attn_out: TensorMap::of_activations(buffers.attn_out.ptr(), n_rows, q, columns)?,
-                act: TensorMap::of_activations(buffers.act.ptr(), n_rows, inter, columns)?,
+                h: map(&buffers.h, Product::Qkv)?,
+                attn_out: map(&buffers.attn_out, Product::O)?,
+                act: map(&buffers.act, Product::Down)?,
             })
         });
+        let weights_map = |w: u64, product: Product| {
+            let (n_out, k) = product.size(spec);
+            if product == Product::GateUp {
+                TensorMap::of_gated_weights(w, n_out, k)
+            } else {
+                TensorMap::of_weights(w, n_out, k)
+            }
+        };
         let layers = weights.layers.iter().map(|w| {
             Ok(LayerMaps {
-                qkv: TensorMap::of_weights(w.qkv.ptr(), q + 2 * kv, h)?,
-                o: TensorMap::of_weights(w.o.ptr(), h, q)?,
-                gate_up: TensorMap::of_gated_weights(w.gate_up.ptr(), 2 * inter, h)?,
-                down: TensorMap::of_weights(w.down.ptr(), h, inter)?,
+                qkv: weights_map(w.qkv.ptr(), Product::Qkv)?,
+                o: weights_map(w.o.ptr(), Product::O)?,
+                gate_up: weights_map(w.gate_up.ptr(), Product::GateUp)?,
+                down: weights_map(w.down.ptr(), Product::Down)?,
             })
         });
         Ok(Self {
             kernels,
             activations: activations.into_iter().collect::<Result<_, Error>>()?,
             layers: layers.collect::<Result<_, Error>>()?,
-            lm_head: TensorMap::of_weights(weights.lm_head(), spec.vocab_size, h)?,
+            lm_head: weights_map(weights.lm_head(), Product::Logits)?,
             spec: spec.clone(),
             n_sms: gpu.n_sms as usize,
         })
@@ -174,18 +170,16 @@ impl StreamGemm {
         n: usize,
         out: u64,
     ) -> Result<usize, Error> {
-        let s = &self.spec;
-        let (q, kv) = (s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim);
-        let (h, inter) = (s.hidden_size, s.intermediate_size);
         let columns = columns_for(n);
         let x = &self.activations[columns];
         let w = &self.layers[layer];
-        let (w, x, n_out, k, output) = match product {
-            Product::Qkv => (&w.qkv, &x.h, q + 2 * kv, h, BF16),
-            Product::O => (&w.o, &x.attn_out, h, q, F32),
-            Product::GateUp => (&w.gate_up, &x.h, 2 * inter, h, GATED),
-            Product::Down => (&w.down, &x.act, h, inter, F32),
-            Product::Logits => (&self.lm_head, &x.h, s.vocab_size, h, F32),
+        let (n_out, k) = product.size(&self.spec);
+        let (w, x, output) = match product {
+            Product::Qkv => (&w.qkv, &x.h, BF16),
+            Product::O => (&w.o, &x.attn_out, F32),
+            Product::GateUp => (&w.gate_up, &x.h, GATED),
+            Product::Down => (&w.down, &x.act, F32),
+            Product::Logits => (&self.lm_head, &x.h, F32),
         };
         let kernel = self.kernels.kernels[columns][output].as_ref();
         let kernel = kernel.ok_or_else(|| Error::Device(format!("no kernel for {product:?} of {n} rows")))?;
@@ -232,7 +226,7 @@ mod tests {
     #[test]
     fn every_batch_has_its_kernel() {
         assert_eq!([1, 16, 17, 128, 129, 256].map(|n| COLUMNS[columns_for(n)]), [16, 16, 32, 128, 192, 256]);
-        for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Logits] {
+        for product in Product::ALL {
             assert!((1..=300).all(|n| !StreamGemm::takes(product, n) || columns_for(n) < COLUMNS.len()));
         }
     }
