@@ -288,8 +288,8 @@ impl Forward {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
         args.extend(self.cache_args(layer, rows));
-        let kernel = &self.ops.decode_attention_rope;
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
+        let kernel = self.ops.decode_attention_rope(rows.n_decode, rows.contexts);
+        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
     }
 
     fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {

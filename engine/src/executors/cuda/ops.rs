@@ -22,6 +22,12 @@ fn batch_tiles(hopper: bool) -> &'static [usize] {
 }
 /// Warps of a decode attention block.
 const DECODE_WARPS: usize = 4;
+/// Splits that are joined in a cluster, and the most sequences with short contexts for which that is the fastest on
+/// Hopper (docs/log.md).
+const DECODE_CLUSTERS: [(usize, usize); 2] = [(8, 2), (4, 8)];
+/// Most rows for which the GEMVs are faster on Hopper than streaming GEMMs, for models of [`WIDE_HIDDEN`] and wider.
+const HOPPER_GEMV_ROWS: usize = 3;
+const WIDE_HIDDEN: usize = 2048;
 /// Stages of Hopper prefill attention's ring, and its block.
 const HOPPER_STAGES: usize = 3;
 const HOPPER_BLOCK: u32 = 384;
@@ -49,10 +55,16 @@ impl GemvShape {
             Self { warps, warps_k, n_stages, batch_tiles }
         };
         let holds = |shape: &Self| shape.shared_bytes(BATCH_TILE_ROWS * batch_tiles) <= max_shared;
-        // A small matrix passes in one deep ring.
+        // A small matrix passes in one deep ring, one of a few tiles a block in a deeper one than large matrices need.
         let deep = Self { warps: 8, warps_k: 8, n_stages: 12, batch_tiles };
+        let deeper = Self { warps: 16, warps_k: 16, n_stages: 5, batch_tiles };
         let is_small = n_out <= 4096 && (8 * 4..=8 * 12).contains(&units);
-        [is_small.then_some(deep), Some(fit(16, 3))].into_iter().flatten().find(holds).unwrap_or_else(|| fit(8, 3))
+        let is_medium = (4097..=8192).contains(&n_out) && units >= 16 * 4;
+        [is_small.then_some(deep), is_medium.then_some(deeper), Some(fit(16, 3))]
+            .into_iter()
+            .flatten()
+            .find(holds)
+            .unwrap_or_else(|| fit(8, 3))
     }
 
     /// Dynamic shared memory of a block.
@@ -108,7 +120,9 @@ pub(super) struct Ops {
     pub(super) rope_kv: Kernel,
     pub(super) silu_mul: Kernel,
     pub(super) decode_attention: Kernel,
-    pub(super) decode_attention_rope: Kernel,
+    decode_attention_rope: Kernel,
+    /// For each of [`DECODE_CLUSTERS`], on Hopper.
+    decode_attention_clusters: Vec<Kernel>,
     pub(super) prefill_attention: Kernel,
     /// For each of [`batch_tiles`].
     gemvs: Vec<Gemvs>,
@@ -152,7 +166,11 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
             false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
         },
     ];
-    others.into_iter().chain(gemvs).collect()
+    let clusters = DECODE_CLUSTERS.iter().filter(|_| hopper).map(|&(cluster, _)| {
+        let macros = [("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS), ("CLUSTER", cluster)];
+        Variant::new(&compile::DECODE_ATTENTION, &macros)
+    });
+    others.into_iter().chain(gemvs).chain(clusters).collect()
 }
 
 /// Dynamic shared memory of a prefill attention block.
@@ -196,6 +214,11 @@ impl Ops {
                 logits: gemv(set, 4)?,
             })
         };
+        let n_gemvs = batch_tiles(hopper).len() * GEMV_KINDS.len();
+        let n_clusters = if hopper { DECODE_CLUSTERS.len() } else { 0 };
+        let first_cluster = N_OTHERS + n_gemvs;
+        let decode_attention_clusters =
+            (0..n_clusters).map(|i| one(first_cluster + i, "decode_attention_rope")).collect::<Result<_, _>>()?;
         Ok(Self {
             embed: one(0, "embed_gather")?,
             rmsnorm: one(1, "rmsnorm")?,
@@ -203,6 +226,7 @@ impl Ops {
             silu_mul: one(3, "silu_mul")?,
             decode_attention,
             decode_attention_rope,
+            decode_attention_clusters,
             prefill_attention,
             gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
@@ -250,7 +274,10 @@ impl Ops {
 
     /// Most rows of a GEMV.
     pub(super) fn max_gemv_rows(&self) -> usize {
-        self.gemvs.len() * BATCH_TILE_ROWS
+        match self.hopper && self.hidden >= WIDE_HIDDEN {
+            true => HOPPER_GEMV_ROWS,
+            false => self.gemvs.len() * BATCH_TILE_ROWS,
+        }
     }
 
     /// The GEMVs for `n_rows` rows, [`Self::max_gemv_rows`] at most.
@@ -264,7 +291,29 @@ impl Ops {
         Launch { shared_bytes, ..self.launch([gemv.n_blocks, 1, 1], gemv.shape.warps as u32 * 32) }
     }
 
-    /// For both decode attentions.
+    /// `decode_attention_rope` for `n_seqs` sequences.
+    pub(super) fn decode_attention_rope(&self, n_seqs: usize, contexts: Contexts) -> &Kernel {
+        let cluster = self.cluster(n_seqs, contexts).map(|i| &self.decode_attention_clusters[i]);
+        cluster.unwrap_or(&self.decode_attention_rope)
+    }
+
+    /// For [`Self::decode_attention_rope`].
+    pub(super) fn decode_attention_rope_launch(&self, n_seqs: usize, contexts: Contexts) -> Launch {
+        let mut launch = self.decode_attention_launch(n_seqs, contexts);
+        if let Some(i) = self.cluster(n_seqs, contexts) {
+            launch.grid[0] = DECODE_CLUSTERS[i].0 as u32;
+        }
+        launch
+    }
+
+    /// Which of [`DECODE_CLUSTERS`] joins the splits of `n_seqs` sequences, if one does.
+    fn cluster(&self, n_seqs: usize, contexts: Contexts) -> Option<usize> {
+        let fits = |&(_, max_seqs): &(usize, usize)| n_seqs <= max_seqs;
+        let found = DECODE_CLUSTERS.iter().take(self.decode_attention_clusters.len()).position(fits);
+        found.filter(|_| contexts == Contexts::Short)
+    }
+
+    /// For `decode_attention`.
     pub(super) fn decode_attention_launch(&self, n_seqs: usize, contexts: Contexts) -> Launch {
         let kv_tiles = kv_tiles(self.n_heads, self.n_kv);
         let grid = [self.splits(n_seqs, contexts).n as u32, kv_tiles as u32, n_seqs as u32];
@@ -310,6 +359,8 @@ struct Splits {
 pub(super) enum Contexts {
     /// Up to [`Contexts::SHORT_BLOCKS`] pages.
     Short,
+    /// Up to [`Contexts::MEDIUM_BLOCKS`] pages.
+    Medium,
     /// Any.
     Long,
 }
@@ -317,12 +368,18 @@ pub(super) enum Contexts {
 impl Contexts {
     /// Pages of the longest context that is short.
     pub(super) const SHORT_BLOCKS: usize = 32;
-    /// Both.
-    pub(super) const ALL: [Self; 2] = [Self::Short, Self::Long];
+    /// Pages of the longest context that is medium.
+    const MEDIUM_BLOCKS: usize = 80;
+    /// All, in order.
+    pub(super) const ALL: [Self; 3] = [Self::Short, Self::Medium, Self::Long];
 
     /// Of a step whose longest block table has `n_blocks` pages.
     pub(super) fn of(n_blocks: usize) -> Self {
-        if n_blocks <= Self::SHORT_BLOCKS { Self::Short } else { Self::Long }
+        match n_blocks {
+            ..=Self::SHORT_BLOCKS => Self::Short,
+            ..=Self::MEDIUM_BLOCKS => Self::Medium,
+            _ => Self::Long,
+        }
     }
 }
 
@@ -336,6 +393,10 @@ fn splits((n_seqs, contexts): (usize, Contexts), kv_tiles: usize, n_sms: usize) 
         (Contexts::Short, ..=8) => of(fill.min(8), DECODE_WARPS),
         (Contexts::Short, 9..=16) => of(2, DECODE_WARPS),
         (Contexts::Short, _) => of(1, 1),
+        (Contexts::Medium, ..=8) => of(8, DECODE_WARPS),
+        (Contexts::Medium, 9..=16) => of(8, 8),
+        (Contexts::Medium, 17..=64) => of(4, 16),
+        (Contexts::Medium, _) => of(2, 32),
         (Contexts::Long, ..=2) => of(fill, DECODE_WARPS),
         (Contexts::Long, 3..=8) => of(16, 16),
         (Contexts::Long, 9..=32) => of(16, 64),
@@ -360,7 +421,9 @@ mod tests {
         let n = |contexts| [1, 4, 8, 16, 256].map(|n| splits((n, contexts), 8, 132).n);
         assert_eq!(n(Contexts::Long), [33, 16, 16, 16, 4]);
         assert_eq!(n(Contexts::Short), [8, 8, 4, 2, 1]);
-        assert_eq!([1, 32, 33].map(Contexts::of), [Contexts::Short, Contexts::Short, Contexts::Long]);
+        assert_eq!(n(Contexts::Medium), [8, 8, 8, 8, 2]);
+        let classes = [Contexts::Short, Contexts::Short, Contexts::Medium, Contexts::Medium, Contexts::Long];
+        assert_eq!([1, 32, 33, 80, 81].map(Contexts::of), classes);
     }
 
     #[test]
@@ -374,7 +437,8 @@ mod tests {
     fn small_matrices_get_deep_rings_where_they_fit() {
         let stages = |n_out, k, max_shared: u32| GemvShape::new((n_out, k), 1, max_shared << 10).n_stages;
         assert_eq!(stages(4096, 4096, 227), 12);
-        assert_eq!([stages(4096, 4096, 99), stages(6144, 4096, 227), stages(4096, 14336, 227)], [3, 3, 3]);
+        assert_eq!([stages(4096, 4096, 99), stages(6144, 4096, 99), stages(4096, 14336, 227)], [3, 3, 3]);
+        assert_eq!([stages(6144, 4096, 227), stages(6144, 2048, 227)], [5, 3]);
         assert_eq!(stages(896, 896, 227), 3);
     }
 }

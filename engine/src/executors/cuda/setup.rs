@@ -12,7 +12,7 @@ use super::{
     inputs::{Layout, StepShape},
     load::{self, Origin},
     memory::DeviceBuffer,
-    ops::{self, BATCH_TILE_ROWS, Contexts, Ops},
+    ops::{self, Contexts, Ops},
     plan::{self, MemoryInputs},
     product::Product,
     stream_gemm::{StreamGemm, StreamKernels},
@@ -35,7 +35,7 @@ pub(super) struct Setup {
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
     /// Graphs of each bucket, for each of [`Contexts`].
-    pub(super) graphs: Vec<[Graph; 2]>,
+    pub(super) graphs: Vec<[Graph; 3]>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
     pub(super) description: String,
@@ -272,7 +272,7 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
 }
 
 /// Captures a decode step of every bucket.
-fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 2]>, Error> {
+fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 3]>, Error> {
     let started = Instant::now();
     let slots = forward.layout.decode.slot_mapping;
     let nowhere = vec![-1i32; *sizes.last().expect("at least one bucket")];
@@ -281,12 +281,12 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Gra
         .iter()
         .map(|&bucket| {
             // Once without capturing: libraries load their kernels at first use.
-            if bucket == 1 || bucket > BATCH_TILE_ROWS {
+            if bucket == 1 || bucket > forward.ops.max_gemv_rows() {
                 forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
             let mut graph = |contexts| Graph::capture(gpu, || forward.decode(gpu, bucket, contexts));
-            Ok([graph(Contexts::Short)?, graph(Contexts::Long)?])
+            Ok([graph(Contexts::Short)?, graph(Contexts::Medium)?, graph(Contexts::Long)?])
         })
         .collect::<Result<_, Error>>()?;
     tracing::info!(

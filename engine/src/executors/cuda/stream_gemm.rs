@@ -14,7 +14,7 @@ use super::{
 use crate::{Error, decoder::DecoderSpec};
 
 /// Most rows of each kernel.
-const COLUMNS: [usize; 8] = [16, 32, 48, 64, 96, 128, 192, 256];
+const COLUMNS: [usize; 9] = [8, 16, 32, 48, 64, 96, 128, 192, 256];
 /// Most rows for which every product is faster here than in cuBLASLt on an H100 (docs/log.md); the gate and up
 /// projections, which cuBLASLt leaves to another kernel to multiply, are up to the largest of [`COLUMNS`], logits up to
 /// [`MAX_LOGITS_ROWS`].
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn every_batch_has_its_kernel() {
-        assert_eq!([1, 16, 17, 128, 129, 256].map(|n| COLUMNS[columns_for(n)]), [16, 16, 32, 128, 192, 256]);
+        assert_eq!([1, 9, 16, 17, 128, 129, 256].map(|n| COLUMNS[columns_for(n)]), [8, 16, 16, 32, 128, 192, 256]);
         for product in Product::ALL {
             assert!((1..=300).all(|n| !StreamGemm::takes(product, n) || columns_for(n) < COLUMNS.len()));
         }

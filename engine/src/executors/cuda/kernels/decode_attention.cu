@@ -1,5 +1,6 @@
 // variant: llama_3_1_8b HEAD_DIM=128 GROUP=4 WARPS=4
-// variant: llama_3_1_8b_cluster HEAD_DIM=128 GROUP=4 WARPS=8 CLUSTER=8 min-arch=90
+// variant: llama_3_1_8b_cluster HEAD_DIM=128 GROUP=4 WARPS=4 CLUSTER=8 min-arch=90
+// variant: llama_3_1_8b_cluster_4 HEAD_DIM=128 GROUP=4 WARPS=4 CLUSTER=4 min-arch=90
 // variant: qwen2_0_5b HEAD_DIM=64 GROUP=7 WARPS=4
 // variant: smollm2_135m HEAD_DIM=64 GROUP=3 WARPS=4
 // variant: head_dim_96 HEAD_DIM=96 GROUP=12 WARPS=4

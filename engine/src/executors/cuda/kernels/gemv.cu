@@ -1,4 +1,4 @@
-// variant: llama-qkv GEMV_NORM=1 K=4096
+// variant: llama-qkv GEMV_NORM=1 K=4096 WARPS=16 STAGES=5
 // variant: llama-o GEMV_RESIDUAL=1 K=4096
 // variant: llama-gate_up GEMV_GATE_UP=1 K=4096
 // variant: llama-down GEMV_RESIDUAL=1 K=14336
@@ -59,7 +59,7 @@
 #define TRIGGER_AT_START 0  // 0: the next kernel may start once all loads of this one are issued
 #endif
 #ifndef L2_HINT
-#define L2_HINT ".L2::128B"
+#define L2_HINT ".L2::256B"
 #endif
 
 constexpr int ROWS = 16 * ROW_TILES;
@@ -86,6 +86,7 @@ struct PlainInput {
     const bf16* in;
 
     __device__ const bf16* row(int n) const { return in + (long long)n * K; }
+    __device__ void prefetch(int) const {}
     __device__ bf16x8 load(const bf16* row, int k, float&) const { return load_bf16x8(row + k); }
 };
 
@@ -97,6 +98,11 @@ struct NormedInput {
     const int* rows;
 
     __device__ const float* row(int n) const { return x + (long long)(rows ? rows[n] : n) * K; }
+    // No kernel writes the norm's weights: they may come before the kernel ahead has ended.
+    __device__ void prefetch(int unit) const {
+        const int k = unit * UNIT_K;
+        if (threadIdx.x % 32 == 0 && k < K) asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + k));
+    }
     __device__ bf16x8 load(const float* row, int k, float& squares) const {
         float v[8], w[8];
         unpack(load_bf16x8(norm + k), w);
@@ -213,6 +219,7 @@ __device__ __forceinline__ void gemv(const bf16* weights, int n_out, int n_rows,
     const int first_tile = stream.tile;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) stream.issue();
+    for (int u = in_group; u < UNITS; u += WARPS_K) input.prefetch(u);
     PDL_WAIT();
 
     decltype(input.row(0)) row[BATCH_TILES];

@@ -1,4 +1,5 @@
 // variant: rmsnorm BLOCK=256
+// variant: rmsnorm-wide BLOCK=512 CHUNKS=1
 // variant: rmsnorm-small BLOCK=128 CHUNKS=2
 //
 // RMSNorm (Zhang and Sennrich 2019): h[i, :] = bf16(v / sqrt(mean(v^2) + eps) * w) with v = x[r, :] + the sum of
@@ -17,30 +18,50 @@
 #ifndef CHUNKS
 #define CHUNKS 4  // 8-element chunks a thread may hold
 #endif
+constexpr int MAX_PARTS = 4;  // read at once; more come one by one
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, float* x_out, const bf16* w, bf16* h,
-        int hidden, float eps, const int* rows) {
+rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, float* x_out,
+        const bf16* w, bf16* h, int hidden, float eps, const int* rows) {
     PDL_TRIGGER();
+    // Between two products only this kernel runs, and it is all latency: so every load that does not need another's
+    // result is under way at once, the weights' before the kernel ahead has ended.
+    bf16x8 weights[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int i = (c * BLOCK + threadIdx.x) * 8;
+        weights[c] = i < hidden ? load_once(w + i) : make_uint4(0, 0, 0, 0);
+    }
     PDL_WAIT();
     const long long row = rows ? rows[blockIdx.x] : blockIdx.x;
     bf16* to = h + (long long)blockIdx.x * hidden;
 
-    float v[CHUNKS][8];
+    float v[CHUNKS][8] = {};
+    float part[CHUNKS][MAX_PARTS][8] = {};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int i = (c * BLOCK + threadIdx.x) * 8;
+        if (i >= hidden) continue;
+        load_f32x8(x + row * hidden + i, v[c]);
+#pragma unroll
+        for (int p = 0; p < MAX_PARTS; ++p)
+            if (p < n_parts) load_f32x8(parts + p * part_stride + row * hidden + i, part[c][p]);
+    }
     float squares = 0.0f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         const int i = (c * BLOCK + threadIdx.x) * 8;
-        if (i >= hidden) break;
-        load_f32x8(x + row * hidden + i, v[c]);
-#pragma unroll 4
-        for (int p = 0; p < n_parts; ++p) {
-            float part[8];
-            load_f32x8(parts + p * part_stride + row * hidden + i, part);
+        if (i >= hidden) continue;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) v[c][j] += part[j];
+        for (int p = 0; p < MAX_PARTS; ++p)
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[c][j] += part[c][p][j];
+        for (int p = MAX_PARTS; p < n_parts; ++p) {
+            float more[8];
+            load_f32x8(parts + p * part_stride + row * hidden + i, more);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[c][j] += more[j];
         }
-        if (x_out) store_f32x8(x_out + row * hidden + i, v[c]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) squares += v[c][j] * v[c][j];
     }
@@ -48,11 +69,18 @@ rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, 
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         const int i = (c * BLOCK + threadIdx.x) * 8;
-        if (i >= hidden) break;
+        if (i >= hidden) continue;
         float weight[8];
-        unpack(load_bf16x8(w + i), weight);
+        unpack(weights[c], weight);
 #pragma unroll
         for (int j = 0; j < 8; ++j) weight[j] *= v[c][j] * scale;
         store_bf16x8(to + i, pack(weight));
     }
+    // The next product does not read these.
+    if (x_out)
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            const int i = (c * BLOCK + threadIdx.x) * 8;
+            if (i < hidden) store_f32x8(x_out + row * hidden + i, v[c]);
+        }
 }
