@@ -27,6 +27,7 @@ mod generation;
 pub mod grammar;
 pub mod kv_pool;
 pub mod models;
+mod pace;
 pub mod quant;
 pub mod request;
 pub mod sampler;

@@ -2,13 +2,17 @@
 //!
 //! Each turn is four calls: drain the inbox, plan and launch steps while the executor takes more,
 //! collect the oldest step, tell the callers. With two steps in flight the planning of step N+1 and
-//! the emission of step N's tokens happen while the device works.
+//! the emission of step N's tokens happen while the device works. Step N+1 is planned as late as
+//! [`Pace`] allows.
 
 use std::{
     collections::{HashMap, VecDeque},
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, mpsc},
-    time::Instant,
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, RecvTimeoutError},
+    },
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -18,6 +22,7 @@ use crate::{
     engine::lock,
     executors::Executor,
     generation::{CancelFlag, TokenEvent},
+    pace::Pace,
     scheduler::{Progress, Scheduler, SchedulerConfig},
     sequence::{NewSequence, SeqId},
 };
@@ -92,6 +97,9 @@ pub(crate) struct Serving {
     scheduler: Scheduler,
     callers: HashMap<SeqId, Caller>,
     max_in_flight: usize,
+    /// Of the steps in flight, oldest first: whether it only decodes.
+    only_decode: VecDeque<bool>,
+    pace: Pace,
     shared: Arc<Shared>,
 }
 
@@ -104,8 +112,15 @@ impl Serving {
             max_num_batched_tokens: capacity.max_num_batched_tokens,
             enable_prefix_caching: config.enable_prefix_caching,
         });
-        let serving =
-            Self { max_in_flight: capacity.max_in_flight, executor, scheduler, callers: HashMap::new(), shared };
+        let serving = Self {
+            max_in_flight: capacity.max_in_flight,
+            executor,
+            scheduler,
+            callers: HashMap::new(),
+            only_decode: VecDeque::new(),
+            pace: Pace::default(),
+            shared,
+        };
         serving.publish();
         serving
     }
@@ -147,11 +162,11 @@ impl Serving {
                 }
             }
             loop {
-                match inbox.try_recv() {
+                match self.next_arrival(inbox) {
                     Ok(arrival) => self.admit(arrival),
-                    Err(mpsc::TryRecvError::Empty) => break,
+                    Err(RecvTimeoutError::Timeout) => break,
                     // The engine was dropped: nobody can be listening.
-                    Err(mpsc::TryRecvError::Disconnected) => return Ok(()),
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 }
             }
             self.drop_cancelled();
@@ -165,15 +180,24 @@ impl Serving {
                     }
                 }
                 self.shared.push_step_size(step.n_tokens());
+                self.only_decode.push_back(step.n_tokens() == step.seqs.len());
                 self.executor.launch(step)?;
             }
             if self.scheduler.n_in_flight() > 0 {
                 let output = self.executor.collect()?;
+                let only_decoded = self.only_decode.pop_front().unwrap_or(false);
+                self.pace.collected(Instant::now(), only_decoded, self.scheduler.n_in_flight() > 1);
                 let progress = self.scheduler.complete(output);
                 self.emit(progress);
             }
             self.publish();
         }
+    }
+
+    /// The next arrival that is here, or comes before the next step has to be planned.
+    fn next_arrival(&self, inbox: &mpsc::Receiver<Arrival>) -> Result<Arrival, RecvTimeoutError> {
+        let deadline = self.pace.deadline().filter(|_| self.scheduler.n_in_flight() > 0);
+        inbox.recv_timeout(deadline.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now())))
     }
 
     fn admit(&mut self, arrival: Arrival) {

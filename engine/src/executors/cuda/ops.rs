@@ -391,7 +391,7 @@ fn splits((n_seqs, contexts): (usize, Contexts), kv_tiles: usize, n_sms: usize) 
     let of = |n: usize, min_pages: usize| Splits { n, min_pages };
     match (contexts, n_seqs) {
         (Contexts::Short, ..=8) => of(fill.min(8), DECODE_WARPS),
-        (Contexts::Short, 9..=16) => of(2, DECODE_WARPS),
+        (Contexts::Short, 9..=16) => of(8, 8),
         (Contexts::Short, _) => of(1, 1),
         (Contexts::Medium, ..=8) => of(8, DECODE_WARPS),
         (Contexts::Medium, 9..=16) => of(8, 8),
@@ -420,7 +420,7 @@ mod tests {
     fn splits_fill_the_device_and_no_more() {
         let n = |contexts| [1, 4, 8, 16, 256].map(|n| splits((n, contexts), 8, 132).n);
         assert_eq!(n(Contexts::Long), [33, 16, 16, 16, 4]);
-        assert_eq!(n(Contexts::Short), [8, 8, 4, 2, 1]);
+        assert_eq!(n(Contexts::Short), [8, 8, 4, 8, 1]);
         assert_eq!(n(Contexts::Medium), [8, 8, 8, 8, 2]);
         let classes = [Contexts::Short, Contexts::Short, Contexts::Medium, Contexts::Medium, Contexts::Long];
         assert_eq!([1, 32, 33, 80, 81].map(Contexts::of), classes);

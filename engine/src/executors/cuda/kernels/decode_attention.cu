@@ -398,7 +398,9 @@ DEVICE void attend(const Inputs& in) {
     const int context_len = in.context_lens[blockIdx.z];
     const Share share = block_share(context_len, in.window, in.min_pages);
     if (context_len <= 0 || (!CLUSTER && share.split >= share.active)) {
-        if (FUSED) PDL_WAIT();
+        // The grid must not end before the kernel ahead has; for that one block a row is enough, and the others' places
+        // are wanted by blocks with pages to load.
+        if (FUSED && blockIdx.x == 0) PDL_WAIT();
         return;
     }
     const int warp = threadIdx.x / 32;
