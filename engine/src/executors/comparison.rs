@@ -6,8 +6,9 @@ use std::sync::Arc;
 use super::Executor;
 use crate::{
     Error, SamplingParams,
+    grammar::TokenMask,
     request::TokenLogprobs,
-    step::{PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepSeq},
+    step::{Banned, PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepSeq, TokenHistory},
 };
 
 /// Tokens decoded after each prompt.
@@ -23,8 +24,21 @@ pub struct Batch {
     pub chunk: usize,
 }
 
-/// Log-probabilities of a batch, by sequence.
+/// How a batch's tokens are chosen.
+#[derive(Debug, Clone, Copy)]
+pub enum Choice<'a> {
+    /// The best ones.
+    Greedy,
+    /// These: the only ones that may be sampled.
+    Forced(&'a [Vec<u32>]),
+    /// The best ones, after each sequence's logits were edited in a way of its own. With log-probabilities or without.
+    Edited { logprobs: bool },
+}
+
+/// Tokens and log-probabilities of a batch, by sequence.
 pub struct Scores {
+    /// The sampled tokens.
+    pub tokens: Vec<Vec<u32>>,
     /// Of each prompt's tokens but the first.
     pub prompts: Vec<Vec<TokenLogprobs>>,
     /// Of each sampled token.
@@ -32,11 +46,6 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// The sampled tokens.
-    pub fn tokens(&self) -> Vec<Vec<u32>> {
-        self.outputs.iter().map(|output| output.iter().map(|entry| entry.token_id).collect()).collect()
-    }
-
     /// Greatest difference over all positions; infinite if positions are missing or not numbers.
     pub fn difference(&self, other: &Self) -> f32 {
         let both = |s: &Self| -> Vec<(u32, f32)> {
@@ -58,26 +67,43 @@ fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
     ((seq * 7919 + position * 104_729 + 17) % vocab) as u32
 }
 
-/// Runs `batch` to its end, greedily, or taking `forced` tokens: the ones that only may be sampled.
+/// Parameters, bans and history of sequence `seq`, which has `tokens`, `n_prompt` of them its prompt.
+fn edited_row(row: &mut SampleRow, seq: usize, tokens: &[u32], n_prompt: usize) {
+    let mut params = SamplingParams { temperature: 0.0, logprobs: row.params.logprobs, ..SamplingParams::default() };
+    let step = tokens.len() - n_prompt;
+    match seq % 6 {
+        0 => params.repetition_penalty = 1.7,
+        1 => (params.presence_penalty, params.frequency_penalty) = (0.7, 0.4),
+        2 => params.logit_bias = (0..40).map(|id| (id * 3, if id % 2 == 0 { 1.5 } else { -2.0 })).collect(),
+        3 => params.allowed_token_ids = Some((0..200).map(|id| id * 5 + 1).collect()),
+        4 => row.banned = Some(Banned::of((0..100).map(|id| id * 2 + step as u32).collect::<Vec<_>>())),
+        _ => {
+            params.frequency_penalty = -0.5;
+            let bits = (0..60).map(|word| 0x1111_1111 << (word % 4)).collect();
+            row.banned = Some(Banned { mask: Some(Arc::new(TokenMask::of_bits(bits))), ..Banned::default() });
+        }
+    }
+    row.history = params
+        .has_penalties()
+        .then(|| TokenHistory { prompt: tokens[..n_prompt].into(), output: tokens[n_prompt..].to_vec() });
+    row.params = Arc::new(params);
+}
+
+/// Runs `batch` to its end.
 ///
 /// # Errors
 /// The executor's.
-pub fn run(
-    executor: &mut dyn Executor,
-    batch: &Batch,
-    vocab: usize,
-    forced: Option<&[Vec<u32>]>,
-) -> Result<Scores, Error> {
+pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Choice<'_>) -> Result<Scores, Error> {
     let n = batch.prompts.len();
     let mut tokens: Vec<Vec<u32>> = (0..n)
         .map(|seq| (0..batch.prompts[seq]).map(|position| prompt_token(seq, position, vocab)).collect())
         .collect();
     let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + N_DECODE).div_ceil(PAGE_SIZE);
-    let mut scores = Scores { prompts: vec![Vec::new(); n], outputs: vec![Vec::new(); n] };
+    let mut scores = Scores { tokens: vec![Vec::new(); n], prompts: vec![Vec::new(); n], outputs: vec![Vec::new(); n] };
     let mut done = vec![0usize; n];
-    while scores.outputs.iter().any(|output| output.len() < N_DECODE) {
+    while scores.tokens.iter().any(|output| output.len() < N_DECODE) {
         let mut plan: Vec<(usize, usize)> = (0..n)
-            .filter(|&seq| scores.outputs[seq].len() < N_DECODE)
+            .filter(|&seq| scores.tokens[seq].len() < N_DECODE)
             .map(|seq| (seq, tokens[seq].len() - done[seq]))
             .collect();
         plan.sort_by_key(|&(_, n_tokens)| n_tokens != 1);
@@ -112,14 +138,18 @@ pub fn run(
             });
             done[seq] = end;
             if end == tokens[seq].len() {
-                let n_output = scores.outputs[seq].len();
-                let allowed = forced.map(|forced| vec![forced[seq][n_output]]);
-                step.samples.push(SampleRow {
+                let n_output = scores.tokens[seq].len();
+                let allowed = match choice {
+                    Choice::Forced(tokens) => Some(vec![tokens[seq][n_output]]),
+                    _ => None,
+                };
+                let logprobs = (!matches!(choice, Choice::Edited { logprobs: false })).then_some(1);
+                let mut row = SampleRow {
                     seq: step.seqs.len() - 1,
                     seq_id: seq as u64,
                     params: Arc::new(SamplingParams {
                         temperature: 0.0,
-                        logprobs: Some(1),
+                        logprobs,
                         allowed_token_ids: allowed,
                         ..SamplingParams::default()
                     }),
@@ -127,7 +157,11 @@ pub fn run(
                     n_output: n_output as u32,
                     banned: None,
                     history: None,
-                });
+                };
+                if matches!(choice, Choice::Edited { .. }) {
+                    edited_row(&mut row, seq, &tokens[seq], batch.prompts[seq]);
+                }
+                step.samples.push(row);
             }
         }
         let of_prompt: Vec<usize> =
@@ -140,6 +174,7 @@ pub fn run(
         }
         for (seq, token) in sampled.into_iter().zip(output.tokens) {
             tokens[seq].push(token.token_id);
+            scores.tokens[seq].push(token.token_id);
             scores.outputs[seq].extend(token.logprobs);
         }
     }

@@ -250,7 +250,7 @@ impl Grammar {
 
     /// The mask of the next token.
     pub fn mask(&self) -> TokenMask {
-        TokenMask { grammar: self.clone(), bits: OnceLock::new() }
+        TokenMask { grammar: Some(self.clone()), bits: OnceLock::new() }
     }
 
     /// Bit `id % 32` of word `id / 32` for each token that may come next; empty if all may.
@@ -276,15 +276,21 @@ impl fmt::Debug for Grammar {
 /// The tokens that a grammar allows next, computed when they are first asked for.
 #[derive(Debug)]
 pub struct TokenMask {
-    grammar: Grammar,
+    /// Whose next tokens these are; `None` if the bits are given.
+    grammar: Option<Grammar>,
     bits: OnceLock<Vec<u32>>,
 }
 
 impl TokenMask {
+    /// A mask of these [`Self::bits`].
+    pub fn of_bits(bits: Vec<u32>) -> Self {
+        Self { grammar: None, bits: OnceLock::from(bits) }
+    }
+
     /// Bit `id % 32` of word `id / 32` for each token that may come next. Tokens past its end may not; an empty mask
     /// allows all.
     pub fn bits(&self) -> &[u32] {
-        self.bits.get_or_init(|| self.grammar.compute_mask())
+        self.bits.get_or_init(|| self.grammar.as_ref().map(Grammar::compute_mask).unwrap_or_default())
     }
 
     /// Whether token `id` may come next.

@@ -7,7 +7,7 @@ use crate::{
     decoder::{LayerWeight, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
-        comparison::{Batch, Scores, run},
+        comparison::{Batch, Choice, Scores, run},
     },
     quant,
     weights::{DType, TensorView, dummy::DummySource},
@@ -70,11 +70,11 @@ fn batches() -> Vec<Batch> {
 fn compare(name: &str, spec: &DecoderSpec, source: &dyn WeightSource) {
     let mut oracle = BurnExecutor::new(spec, source, &config(), Device::flex()).expect("the oracle loads");
     let expected: Vec<Scores> =
-        batches().iter().map(|batch| run(&mut oracle, batch, spec.vocab_size, None).expect("runs")).collect();
+        batches().iter().map(|batch| run(&mut oracle, batch, spec.vocab_size, Choice::Greedy).expect("runs")).collect();
     for kernels in Kernels::available() {
         let mut tuned = CpuExecutor::with_kernels(spec, source, &config(), kernels).expect("loads");
         for (batch, expected) in batches().iter().zip(&expected) {
-            let forced = run(&mut tuned, batch, spec.vocab_size, Some(&expected.tokens())).expect("runs");
+            let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens)).expect("runs");
             let difference = expected.difference(&forced);
             assert!(difference < TOLERANCE, "{name}, {}, {}: {difference}", kernels.name, batch.name);
         }
@@ -174,7 +174,7 @@ fn a_sequence_does_not_depend_on_its_batch() {
         let mut executor = CpuExecutor::with_kernels(&spec, &source, &config(), kernels).expect("loads");
         let mut scores = |n| {
             let batch = Batch { name: "", prompts: vec![300; n], chunk: 1024 };
-            run(&mut executor, &batch, spec.vocab_size, None).expect("runs")
+            run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).expect("runs")
         };
         let (alone, together) = (scores(1), scores(3));
         let of = |scores: &Scores| -> Vec<(u32, f32)> {

@@ -42,6 +42,7 @@ sources! {
     PREFILL_ATTENTION_SM90 = "prefill_attention_sm90";
     DUMMY_WEIGHTS = "dummy_weights";
     SAMPLE = "sample";
+    PENALTIES = "penalties";
 }
 
 /// Texts that the sources include.

@@ -22,6 +22,7 @@ mod inputs;
 mod kernel;
 mod libraries;
 mod load;
+mod logit_edits;
 mod memory;
 mod ops;
 mod plan;

@@ -1,8 +1,7 @@
 //! [`Sampling`]: from logits on the device to tokens on the host.
 //!
-//! Temperature, top-k, top-p, min-p, seeds and log-probabilities are done on the device; only ids and asked-for
-//! log-probabilities come back. Steps with rows whose logits must be edited first (penalties, bias, allowed or banned
-//! ids) copy the logits to the host and sample by the definition, [`crate::sampler`].
+//! All of sampling is done on the device; only ids and asked-for log-probabilities come back. Steps with a row that
+//! [`LogitEdits`] leaves to the host copy the logits there and sample by the definition, [`crate::sampler`].
 
 use cudarc::driver::sys;
 use rayon::prelude::*;
@@ -13,6 +12,7 @@ use super::{
     device::Gpu,
     forward::Forward,
     kernel::{Arg, Kernel, Launch},
+    logit_edits::{LogitEdits, edits_logits},
     memory::{DeviceBuffer, PinnedBuffer},
     status::Check,
 };
@@ -34,6 +34,7 @@ pub(super) struct Sampling {
     sample: Kernel,
     threshold: Kernel,
     token_logprobs: Kernel,
+    edits: LogitEdits,
     /// Blocks that work on a row's threshold together.
     cluster: u32,
     /// uint64 `[max_seqs]`: least key that is kept.
@@ -118,6 +119,7 @@ impl Sampling {
             sample,
             threshold,
             token_logprobs,
+            edits: LogitEdits::new(gpu, spec, limits)?,
             cluster: cluster as u32,
             thresholds: zeroed(limits.max_seqs * 8)?,
             best: zeroed(limits.max_seqs * 8)?,
@@ -175,13 +177,22 @@ impl Sampling {
         step: &StepInput,
         index: usize,
     ) -> Result<SamplingOutput, Error> {
+        let in_flight = || SampledTokens::InFlight(step.samples.iter().map(|row| row.params.logprobs).collect());
         let tokens = if step.samples.iter().any(edits_logits) {
-            SampledTokens::OnHost(self.sample_on_host(gpu, forward, step)?)
+            let (logits, last_tokens) = (forward.buffers.logits.ptr(), forward.buffers.last_tokens.ptr());
+            match self.edits.apply(gpu, (logits, last_tokens), step, index)? {
+                Some(edited) => {
+                    self.sample_on_device(gpu, forward, step, index)?;
+                    self.edits.count(gpu, last_tokens, step, &edited)?;
+                    in_flight()
+                }
+                None => SampledTokens::OnHost(self.sample_on_host(gpu, forward, step)?),
+            }
         } else {
             if !step.samples.is_empty() {
                 self.sample_on_device(gpu, forward, step, index)?;
             }
-            SampledTokens::InFlight(step.samples.iter().map(|row| row.params.logprobs).collect())
+            in_flight()
         };
         Ok(SamplingOutput { tokens, prompt_logprobs: std::mem::take(&mut self.prompt_logprobs) })
     }
@@ -297,12 +308,6 @@ struct LogprobsRequest {
     /// Where the results go, in `layout`.
     results: u64,
     layout: ResultLayout,
-}
-
-/// Whether `row`'s logits are changed before a token is drawn.
-fn edits_logits(row: &SampleRow) -> bool {
-    let params = &row.params;
-    !params.logit_bias.is_empty() || params.allowed_token_ids.is_some() || row.history.is_some() || row.banned.is_some()
 }
 
 /// Whether a row drops unlikely tokens.

@@ -20,7 +20,7 @@ use crate::{
     decoder::{DecoderSpec, Rope, RopeScaling},
     executors::{
         burn::BurnExecutor,
-        comparison::{Batch, run},
+        comparison::{Batch, Choice, run},
     },
     weights::{DType, dummy::DummySource},
 };
@@ -152,16 +152,20 @@ fn compare(spec: &DecoderSpec, device: usize) -> Result<Vec<(String, f32)>, Erro
     let mut oracle = BurnExecutor::new(spec, &source, &config, Device::flex())?;
     let mut cases = Vec::new();
     for batch in &batches {
-        let expected = run(&mut oracle, batch, spec.vocab_size, None)?;
-        let tokens = expected.tokens();
-        let forced = run(&mut tuned, batch, spec.vocab_size, Some(&tokens))?;
+        let expected = run(&mut oracle, batch, spec.vocab_size, Choice::Greedy)?;
+        let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens))?;
         cases.push((batch.name.to_owned(), expected.difference(&forced)));
         // The device's own sampler against the host's, on the same logits.
-        let greedy = run(&mut tuned, batch, spec.vocab_size, None)?;
-        let rescored = run(&mut tuned, batch, spec.vocab_size, Some(&greedy.tokens()))?;
+        let greedy = run(&mut tuned, batch, spec.vocab_size, Choice::Greedy)?;
+        let rescored = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&greedy.tokens))?;
         let best = rescored.outputs.iter().flatten().all(|entry| entry.rank == 1);
         let difference = if best { greedy.difference(&rescored) } else { f32::INFINITY };
         cases.push((format!("{}, sampled on the device", batch.name), difference));
+        // Logits edited on the device against those that the host edits, for log-probabilities are wanted of them.
+        let [on_device, on_host] =
+            [false, true].map(|logprobs| run(&mut tuned, batch, spec.vocab_size, Choice::Edited { logprobs }));
+        let difference = if on_device?.tokens == on_host?.tokens { 0.0 } else { f32::INFINITY };
+        cases.push((format!("{}, edited on the device", batch.name), difference));
     }
     Ok(cases)
 }

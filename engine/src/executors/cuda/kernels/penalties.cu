@@ -10,8 +10,8 @@
 //   rows[row]   PenaltyRow, below
 //
 // apply_penalties: grid (n_blocks, rows), any block of whole warps; rows without penalties leave at once.
-// edit_logits, count_tokens, set_prompt_bits: one thread an entry. clear_slots: grid (n_blocks, n).
-// keep_allowed: grid (n), block 1024, dynamic shared memory vocab_stride / 8 bytes.
+// edit_logits, count_tokens, count_sampled, set_prompt_bits: one thread an entry. clear_slot: grid (n_blocks).
+// keep_allowed: grid (n), block 1024, dynamic shared memory vocab_stride / 8 bytes. apply_masks: grid (n_blocks, n).
 #include "sampling.cuh"
 
 typedef unsigned short u16;
@@ -71,13 +71,19 @@ extern "C" __global__ void __launch_bounds__(1024)
         if ((allowed[id / 32] >> id % 32 & 1) == 0) row[id] = -INF;
 }
 
-// Counts ids[i] for slots[i] (-1: none): tokens just sampled, or the output of a sequence that comes back.
-extern "C" __global__ void count_tokens(u16* counts, int vocab_stride, const int* slots, const int* ids, int n) {
+// Bans the tokens whose bit is not set in masks uint32 [n, vocab_stride / 32] from row rows[i].
+extern "C" __global__ void apply_masks(float* logits, int stride, int vocab, const int* rows, const u32* masks,
+                                       int vocab_stride) {
     PDL_TRIGGER();
     PDL_WAIT();
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n || slots[i] < 0) return;
-    const size_t at = (size_t)slots[i] * vocab_stride + ids[i];
+    const u32* mask = masks + (size_t)blockIdx.y * (vocab_stride / 32);
+    float* row = logits + (size_t)rows[blockIdx.y] * stride;
+    for (int id = blockIdx.x * blockDim.x + threadIdx.x; id < vocab; id += gridDim.x * blockDim.x)
+        if ((mask[id / 32] >> id % 32 & 1) == 0) row[id] = -INF;
+}
+
+DEVICE void count(u16* counts, int vocab_stride, int slot, int id) {
+    const size_t at = (size_t)slot * vocab_stride + id;
     u32* pair = (u32*)counts + at / 2;
     const int shift = at % 2 * 16;
     u32 old = *pair, seen;
@@ -88,20 +94,33 @@ extern "C" __global__ void count_tokens(u16* counts, int vocab_stride, const int
     } while (old != seen);
 }
 
-extern "C" __global__ void set_prompt_bits(u32* prompt_bits, int vocab_stride, const int* slots, const int* ids, int n) {
+// Counts ids[i] for a slot: the output so far of a sequence that comes, or comes back.
+extern "C" __global__ void count_tokens(u16* counts, int vocab_stride, int slot, const int* ids, int n) {
     PDL_TRIGGER();
     PDL_WAIT();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n || slots[i] < 0) return;
-    atomicOr(&prompt_bits[(size_t)slots[i] * (vocab_stride / 32) + ids[i] / 32], 1u << ids[i] % 32);
+    if (i < n) count(counts, vocab_stride, slot, ids[i]);
 }
 
-// Forgets what is known of the sequence that had each of `slots`.
-extern "C" __global__ void clear_slots(u16* counts, u32* prompt_bits, int vocab_stride, const int* slots) {
+// Counts what was sampled last for each of `slots`.
+extern "C" __global__ void count_sampled(u16* counts, int vocab_stride, const int* slots, const int* last_tokens, int n) {
     PDL_TRIGGER();
     PDL_WAIT();
-    const int slot = slots[blockIdx.y];
-    if (slot < 0) return;
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) count(counts, vocab_stride, slots[i], last_tokens[slots[i]]);
+}
+
+extern "C" __global__ void set_prompt_bits(u32* prompt_bits, int vocab_stride, int slot, const int* ids, int n) {
+    PDL_TRIGGER();
+    PDL_WAIT();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) atomicOr(&prompt_bits[(size_t)slot * (vocab_stride / 32) + ids[i] / 32], 1u << ids[i] % 32);
+}
+
+// Forgets what is known of the sequence that had this slot.
+extern "C" __global__ void clear_slot(u16* counts, u32* prompt_bits, int vocab_stride, int slot) {
+    PDL_TRIGGER();
+    PDL_WAIT();
     u32* pairs = (u32*)(counts + (size_t)slot * vocab_stride);
     u32* bits = prompt_bits + (size_t)slot * (vocab_stride / 32);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_stride / 2; i += gridDim.x * blockDim.x) {
