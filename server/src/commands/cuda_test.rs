@@ -20,7 +20,9 @@ pub struct CudaTestArgs {
 /// What the device or its libraries lack.
 #[cfg(feature = "cuda")]
 pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
-    let report = ember_engine::executors::cuda::self_test(args.device)?;
+    use ember_engine::executors::cuda::{Extent, self_test};
+
+    let report = self_test(args.device, Extent::Full)?;
     println!("{report}");
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

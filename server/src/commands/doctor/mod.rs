@@ -1,6 +1,7 @@
 //! `ember doctor`: says what this machine has for serving, and what to install.
 
 mod cuda;
+mod gpu_test;
 mod host;
 
 use std::{io::Write, process::ExitCode};
@@ -19,7 +20,8 @@ const WIDTH: u16 = 110;
 /// Options of `ember doctor`, as typed.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Exit with an error unless this device can serve: auto, cpu, cuda or cuda:N.
+    /// Exit with an error unless this device can serve: auto, cpu, cuda or cuda:N. cuda and cuda:N are tested, too:
+    /// kernels, a tiny model against float32 on the CPU, memory bandwidth and matrix products.
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: DeviceChoice,
 
@@ -69,6 +71,12 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, Error> {
     if cfg!(feature = "cuda") && cuda.is_complete {
         usable_devices.extend((0..cuda.n_devices).map(|idx| format!("cuda:{idx}")));
     }
+    let wanted = match args.device {
+        DeviceChoice::Cuda(idx) if usable_devices.contains(&format!("cuda:{idx}")) => Some(idx),
+        _ => None,
+    };
+    let tested = wanted.map(gpu_test::findings);
+    findings.extend(tested.iter().flatten().cloned());
     let report = Report { findings, usable_devices };
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -81,6 +89,9 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode, Error> {
         && !report.usable_devices.contains(&format!("cuda:{idx}"))
     {
         return Err(Error::config("--device", format!("cuda:{idx} cannot serve here; see what is missing above")));
+    }
+    if tested.iter().flatten().any(|finding| finding.remedy.is_some()) {
+        return Err(Error::config("--device", "the device's self-test failed; see above"));
     }
     Ok(ExitCode::SUCCESS)
 }
