@@ -20,6 +20,7 @@
 
 pub mod config;
 pub mod decoder;
+pub mod embedding;
 mod engine;
 mod error;
 pub mod executors;

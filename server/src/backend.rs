@@ -29,6 +29,11 @@ pub trait Backend: Send + Sync + 'static {
     fn token_piece(&self, id: u32) -> Option<String>;
     /// Renders `messages` with the model's chat template; [`Error::InvalidRequest`] if it has none.
     fn render_chat(&self, messages: &[Value], options: &ChatOptions<'_>) -> Result<String, Error>;
+    /// The vectors of `texts`, token ids; blocks. [`Error::InvalidRequest`] if the model makes none.
+    fn embed(&self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
+        let _ = texts;
+        Err(Error::invalid("model", "This model generates text; it makes no embeddings."))
+    }
 }
 
 impl Backend for Engine {

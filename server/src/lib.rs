@@ -24,6 +24,7 @@ pub mod commands;
 pub mod config;
 mod config_file;
 pub mod cors;
+mod embedding_backend;
 mod error;
 pub mod generation;
 mod json;

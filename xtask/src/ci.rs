@@ -59,7 +59,10 @@ const STEPS: &[Step] = &[
             "warnings",
         ]),
     },
-    Step { name: "model", check: Check::Own(|| model::fetch("smollm2").map(drop)) },
+    Step {
+        name: "model",
+        check: Check::Own(|| ["minilm", "smollm2"].into_iter().try_for_each(|name| model::fetch(name).map(drop))),
+    },
     Step { name: "test", check: Check::Cargo(&["test", "--workspace"]) },
 ];
 

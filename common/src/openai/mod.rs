@@ -6,6 +6,7 @@
 
 mod chat;
 mod completion;
+mod embeddings;
 mod error;
 mod logprobs;
 mod models;
@@ -19,6 +20,10 @@ mod usage;
 pub use chat::{ChatChoice, ChatCompletion, ChatCompletionChunk, ChatFields, ChatMessage, ChunkChoice, ChunkDelta};
 pub use completion::{
     Completion, CompletionChoice, CompletionChunk, CompletionChunkChoice, CompletionFields, PromptInput,
+};
+pub use embeddings::{
+    Embedding, EmbeddingFields, EmbeddingList, EmbeddingValue, OneOrSeveral, PoolingUsage, Ranked, RankedDocument,
+    Ranking, RerankFields, Score, ScoreFields, ScoreList,
 };
 pub use error::{ErrorBody, ErrorResponse};
 pub use logprobs::{

@@ -24,6 +24,9 @@ pub(super) enum Spelling {
         /// See [`TokenTable::strips_first_space`].
         strips_first_space: bool,
     },
+    /// BERT's: a word's first piece is spelled as it is, the next ones begin with `##`. Decoded, words are a space
+    /// apart; the spaces that were around punctuation are not known.
+    WordPiece,
 }
 
 impl Spelling {
@@ -41,11 +44,23 @@ impl Spelling {
             let never = metaspace.get("prepend_scheme").and_then(Value::as_str) == Some("never");
             return Some(Self::SentencePiece { strips_first_space: !never });
         }
+        if step("WordPiece").is_some() {
+            return Some(Self::WordPiece);
+        }
         step("ByteFallback").map(|_| Self::SentencePiece { strips_first_space: step("Strip").is_some() })
+    }
+
+    /// Whether a decoded text loses its first space.
+    fn strips_first_space(self) -> bool {
+        matches!(self, Self::WordPiece | Self::SentencePiece { strips_first_space: true })
     }
 
     fn bytes_of(self, token: &str) -> Vec<u8> {
         match self {
+            Self::WordPiece => match token.strip_prefix("##") {
+                Some(rest) if !rest.is_empty() => rest.into(),
+                _ => format!(" {token}").into_bytes(),
+            },
             // As in `tokenizers`, a token with a character outside the alphabet is plain text.
             Self::ByteLevel => token.chars().map(byte_of_char).collect::<Option<_>>().unwrap_or_else(|| token.into()),
             Self::SentencePiece { .. } => match token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')) {
@@ -75,7 +90,7 @@ impl TokenTable {
             bytes: Vec::new(),
             starts: vec![0],
             special: all.iter().map(|(_, special)| *special).collect(),
-            strips_first_space: matches!(spelling, Spelling::SentencePiece { strips_first_space: true }),
+            strips_first_space: spelling.strips_first_space(),
         };
         for (bytes, _) in all {
             table.bytes.extend(bytes);
@@ -155,6 +170,12 @@ mod tests {
         assert_eq!(pieces.bytes_of("▁hé"), " hé".as_bytes());
         assert_eq!(pieces.bytes_of("<0xE9>"), [0xe9]);
         assert_eq!(pieces.bytes_of("<0x1>"), b"<0x1>");
-        assert_eq!(Spelling::of_decoder(&serde_json::json!({"type": "WordPiece"})), None);
+        let word_pieces =
+            Spelling::of_decoder(&serde_json::json!({"type": "WordPiece", "prefix": "##"})).expect("known");
+        assert_eq!(
+            [word_pieces.bytes_of("light"), word_pieces.bytes_of("##house")],
+            [b" light".to_vec(), b"house".to_vec()]
+        );
+        assert_eq!(Spelling::of_decoder(&serde_json::json!({"type": "BPEDecoder"})), None);
     }
 }

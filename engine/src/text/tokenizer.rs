@@ -100,7 +100,7 @@ impl Tokenizer {
         let decoder = serde_json::to_value(parsing.get_decoder()).map_err(|e| e.to_string())?;
         let spelling = Spelling::of_decoder(&decoder).ok_or_else(|| {
             format!(
-                "decoder {} is not supported; supported are ByteLevel, Metaspace and ByteFallback",
+                "decoder {} is not supported; supported are ByteLevel, Metaspace, ByteFallback and WordPiece",
                 decoder.get("type").unwrap_or(&decoder)
             )
         })?;

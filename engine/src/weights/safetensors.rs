@@ -1,4 +1,5 @@
-//! [`SafetensorsSource`]: one or several memory-mapped safetensors files.
+//! [`SafetensorsFolder`]: one or several memory-mapped safetensors files. [`SafetensorsSource`]: a decoder's weights in
+//! them.
 
 use std::{
     borrow::Cow,
@@ -22,12 +23,17 @@ const SINGLE_FILE: &str = "model.safetensors";
 /// Says which shard holds which tensor.
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// The weights of a decoder in the safetensors files of a Hugging Face folder.
-pub struct SafetensorsSource {
+/// The tensors in the safetensors files of a Hugging Face folder.
+pub struct SafetensorsFolder {
     shards: Vec<Shard>,
     /// Which shard holds a tensor.
     shard_of: HashMap<String, usize>,
     folder: PathBuf,
+}
+
+/// The weights of a decoder in the safetensors files of a Hugging Face folder.
+pub struct SafetensorsSource {
+    files: SafetensorsFolder,
     spec: DecoderSpec,
     tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
 }
@@ -41,6 +47,45 @@ struct Shard {
     metadata: Metadata,
 }
 
+impl SafetensorsFolder {
+    /// Maps the files of `folder`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if a file is missing or broken.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        let shards = shard_paths(folder)?.iter().map(|path| Shard::open(path)).collect::<Result<Vec<_>, _>>()?;
+        let mut shard_of = HashMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            for name in shard.metadata.offset_keys() {
+                if let Some(other) = shard_of.insert(name.clone(), i) {
+                    let other = shards[other].path.display();
+                    return Err(Error::model(&shard.path, format!("tensor '{name}' is also in {other}")));
+                }
+            }
+        }
+        Ok(Self { shards, shard_of, folder: folder.to_owned() })
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.shard_of.contains_key(name)
+    }
+
+    /// Tensor `name`, which must have this shape.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is missing, of another shape or of an unsupported type.
+    pub fn tensor(&self, name: &str, shape: Vec<usize>) -> Result<TensorView<'_>, Error> {
+        self.find(name, shape).map(|(_, tensor)| tensor)
+    }
+
+    fn find(&self, name: &str, shape: Vec<usize>) -> Result<(&Shard, TensorView<'_>), Error> {
+        let shard = self.shard_of.get(name).map(|&i| &self.shards[i]);
+        let shard = shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
+        Ok((shard, shard.tensor(name, shape)?))
+    }
+}
+
 impl SafetensorsSource {
     /// The weights of `spec` in `folder`; `tensor_name` gives the files' names.
     ///
@@ -52,30 +97,17 @@ impl SafetensorsSource {
         spec: DecoderSpec,
         tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
     ) -> Result<Self, Error> {
-        let shards = shard_paths(folder)?.iter().map(|path| Shard::open(path)).collect::<Result<Vec<_>, _>>()?;
-        let mut shard_of = HashMap::new();
-        for (i, shard) in shards.iter().enumerate() {
-            for name in shard.metadata.offset_keys() {
-                if let Some(other) = shard_of.insert(name.clone(), i) {
-                    let other = shards[other].path.display();
-                    return Err(Error::model(&shard.path, format!("tensor '{name}' is also in {other}")));
-                }
-            }
-        }
-        let source = Self { shards, shard_of, folder: folder.to_owned(), spec, tensor_name };
+        let source = Self { files: SafetensorsFolder::open(folder)?, spec, tensor_name };
         source.spec.weights().try_for_each(|weight| source.get(weight).map(drop))?;
         Ok(source)
     }
-}
 
-impl SafetensorsSource {
     fn find(&self, weight: Weight) -> Result<(&Shard, TensorView<'_>), Error> {
         let name = (self.tensor_name)(weight);
         let shape = self.spec.shape(weight);
-        let shape = shape.ok_or_else(|| Error::model(&self.folder, format!("the model has no tensor '{name}'")))?;
-        let shard = self.shard_of.get(&name).map(|&i| &self.shards[i]);
-        let shard = shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
-        Ok((shard, shard.tensor(&name, shape)?))
+        let shape =
+            shape.ok_or_else(|| Error::model(&self.files.folder, format!("the model has no tensor '{name}'")))?;
+        self.files.find(&name, shape)
     }
 }
 

@@ -3,15 +3,16 @@
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Args;
-use ember_engine::Engine;
+use ember_engine::{Engine, embedding::EmbeddingEngine};
 use serde_json::{Map, Value};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine_args::EngineArgs;
 use crate::{
-    App, Error,
+    App, Backend, Error,
     config::{AppConfig, Listen, ServeConfig},
     cors,
+    embedding_backend::EmbeddingBackend,
     listener::{self, End},
     output::{self, ReasoningFormat, ToolFormat},
     sampling_defaults::SamplingDefaults,
@@ -283,7 +284,12 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
         let mut signals = Signals::new()?;
         let started = std::time::Instant::now();
         let (model, engine) = (config.model.clone(), config.engine.clone());
-        let load = tokio::task::spawn_blocking(move || Engine::load(model, engine));
+        let load = tokio::task::spawn_blocking(move || -> Result<Arc<dyn Backend>, ember_engine::Error> {
+            Ok(match EmbeddingEngine::is_for(&model)? {
+                true => Arc::new(EmbeddingBackend::load(&model)?),
+                false => Arc::new(Engine::load(model, engine)?),
+            })
+        });
         let engine = tokio::select! {
             engine = load => engine.map_err(std::io::Error::other)??,
             () = signals.next() => std::process::exit(0),
@@ -301,7 +307,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
             address = %socket.url(),
             "ready"
         );
-        let app = App::new(Arc::new(engine), config.app);
+        let app = App::new(engine, config.app);
         let signals = std::sync::Arc::new(tokio::sync::Mutex::new(signals));
         let stop = async { signals.lock().await.next().await };
         let abort = async { signals.lock().await.next().await };

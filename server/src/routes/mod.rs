@@ -3,11 +3,14 @@
 mod chat_completions;
 mod completions;
 mod detokenize;
+mod embeddings;
 mod health;
 mod load;
 mod metrics;
 mod models;
 mod openapi;
+mod rerank;
+mod score;
 mod tokenize;
 mod version;
 
@@ -16,7 +19,8 @@ use std::{future::Future, pin::Pin, sync::Arc};
 use bytes::Bytes;
 use ember_common::openai::{
     ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields, DetokenizeFields,
-    Detokenized, ModelList, SamplingFields, TokenizeFields, Tokenized,
+    Detokenized, EmbeddingFields, EmbeddingList, ModelList, Ranking, RerankFields, SamplingFields, ScoreFields,
+    ScoreList, TokenizeFields, Tokenized,
 };
 use hyper::{Method, Response, http::request::Parts};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -112,6 +116,8 @@ pub const ROUTES: &[Route] = &[
         Box::pin(openapi::answer(app))
     }),
     probe("/ping", GET_OR_POST, "As /health.", AnswerBody::Empty, |app, _| Box::pin(health::answer(app))),
+    rerank("/rerank"),
+    score("/score"),
     Route {
         path: "/tokenize",
         methods: POST,
@@ -140,6 +146,15 @@ pub const ROUTES: &[Route] = &[
         handler: |app, call| Box::pin(completions::answer(app, call)),
     },
     Route {
+        path: "/v1/embeddings",
+        methods: POST,
+        is_measured: true,
+        summary: "Vectors of texts, by an embedding model.",
+        request: &[schema::<EmbeddingFields>()],
+        answer: AnswerBody::Json(schema::<EmbeddingList>()),
+        handler: |app, call| Box::pin(embeddings::answer(app, call)),
+    },
+    Route {
         path: "/v1/models",
         methods: GET,
         is_measured: true,
@@ -148,10 +163,37 @@ pub const ROUTES: &[Route] = &[
         answer: AnswerBody::Json(schema::<ModelList>()),
         handler: |app, _| Box::pin(models::answer(app)),
     },
+    rerank("/v1/rerank"),
+    score("/v1/score"),
+    rerank("/v2/rerank"),
     probe("/version", GET, "The server's version.", AnswerBody::Json(schema::<version::Version>()), |_, _| {
         Box::pin(version::answer())
     }),
 ];
+
+const fn score(path: &'static str) -> Route {
+    Route {
+        path,
+        methods: POST,
+        is_measured: true,
+        summary: "How near pairs of texts are, by an embedding model.",
+        request: const { &[schema::<ScoreFields>()] },
+        answer: AnswerBody::Json(schema::<ScoreList>()),
+        handler: |app, call| Box::pin(score::answer(app, call)),
+    }
+}
+
+const fn rerank(path: &'static str) -> Route {
+    Route {
+        path,
+        methods: POST,
+        is_measured: true,
+        summary: "Documents in the order of their nearness to a query, by an embedding model.",
+        request: const { &[schema::<RerankFields>()] },
+        answer: AnswerBody::Json(schema::<Ranking>()),
+        handler: |app, call| Box::pin(rerank::answer(app, call)),
+    }
+}
 
 const fn probe(
     path: &'static str,

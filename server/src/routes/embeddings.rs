@@ -1,0 +1,173 @@
+//! `POST /v1/embeddings`: texts to vectors.
+
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use ember_common::openai::{Embedding, EmbeddingFields, EmbeddingList, EmbeddingValue, PoolingUsage, PromptInput};
+use hyper::Response;
+
+use super::Call;
+use crate::{
+    ApiError,
+    app::{App, Body},
+    json,
+    prompt::{self, check_vocabulary},
+};
+
+/// Most texts of a request.
+pub(super) const MAX_TEXTS: usize = 2048;
+
+pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
+    let fields: EmbeddingFields = json::parse(&call.body)?;
+    let model = app.model_name(fields.model.as_deref())?.to_owned();
+    for (is_set, field) in [(fields.messages.is_some(), "messages"), (fields.normalize.is_some(), "normalize")] {
+        if is_set {
+            return Err(ApiError::unsupported(field));
+        }
+    }
+    let is_base64 = match fields.encoding_format.as_deref() {
+        None | Some("float") => false,
+        Some("base64") => true,
+        Some(_) => return Err(ApiError::invalid("encoding_format", "encoding_format must be `float` or `base64`.")),
+    };
+    let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, fields.truncation_side.as_deref())?;
+    let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
+    let texts = match fields.input {
+        PromptInput::Text(text) => vec![encode(&app, text, add_special_tokens).await?],
+        PromptInput::Texts(texts) => {
+            check_count(texts.len())?;
+            let mut all = Vec::with_capacity(texts.len());
+            for text in texts {
+                all.push(encode(&app, text, add_special_tokens).await?);
+            }
+            all
+        }
+        PromptInput::Tokens(ids) => vec![ids],
+        PromptInput::TokenLists(lists) => lists,
+    };
+    check_count(texts.len())?;
+    for ids in &texts {
+        check_vocabulary(&app, "input", ids)?;
+    }
+    let texts: Vec<Vec<u32>> = texts.into_iter().map(|ids| truncation.cut(ids)).collect();
+    let (vectors, n_tokens) = embed(app.clone(), texts).await?;
+    if let Some(wanted) = fields.dimensions
+        && vectors.first().is_some_and(|vector| usize::try_from(wanted) != Ok(vector.len()))
+    {
+        let message = format!("This model's vectors have {} dimensions and cannot be cut.", vectors[0].len());
+        return Err(ApiError::invalid("dimensions", message));
+    }
+    let value = |vector: Vec<f32>| match is_base64 {
+        true => EmbeddingValue::Base64(
+            BASE64_STANDARD.encode(vector.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
+        ),
+        false => EmbeddingValue::Floats(vector),
+    };
+    let data = vectors.into_iter().enumerate();
+    json::response(&EmbeddingList {
+        id: format!("embd-{}", uuid::Uuid::new_v4().simple()),
+        object: "list",
+        created: now(),
+        model,
+        data: data.map(|(index, v)| Embedding { index, object: "embedding", embedding: value(v) }).collect(),
+        usage: PoolingUsage::of(n_tokens),
+    })
+}
+
+/// Seconds since the Unix epoch.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+fn check_count(n: usize) -> Result<(), ApiError> {
+    match n {
+        0 => Err(ApiError::invalid("input", "input must have at least one text.")),
+        1..=MAX_TEXTS => Ok(()),
+        _ => Err(ApiError::invalid("input", format!("input has {n} texts; at most {MAX_TEXTS} are allowed."))),
+    }
+}
+
+/// A text as token ids.
+pub(super) async fn encode(app: &Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
+    prompt::encode(app.clone(), text, add_special_tokens).await
+}
+
+/// How long texts are cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Truncation {
+    keep: Option<usize>,
+    from_left: bool,
+}
+
+impl Truncation {
+    /// From a request's fields.
+    pub(super) fn of(app: &App, n: Option<i64>, side: Option<&str>) -> Result<Self, ApiError> {
+        let max_model_len = app.backend.info().max_model_len;
+        let keep = match n {
+            None => None,
+            Some(-1) => Some(max_model_len),
+            Some(n) => match usize::try_from(n) {
+                Ok(n) if n >= 1 && n <= max_model_len => Some(n),
+                _ => {
+                    return Err(ApiError::invalid(
+                        "truncate_prompt_tokens",
+                        format!("truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."),
+                    ));
+                }
+            },
+        };
+        let from_left = match side {
+            None | Some("right") => false,
+            Some("left") => true,
+            Some(_) => return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`.")),
+        };
+        Ok(Self { keep, from_left })
+    }
+
+    /// `ids`, cut.
+    pub(super) fn cut(self, mut ids: Vec<u32>) -> Vec<u32> {
+        let keep = self.keep.unwrap_or(ids.len());
+        if self.from_left {
+            ids.drain(..ids.len().saturating_sub(keep));
+        }
+        ids.truncate(keep);
+        ids
+    }
+}
+
+/// The vectors of `texts`, and how many tokens they have.
+pub(super) async fn embed(app: Arc<App>, texts: Vec<Vec<u32>>) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
+    let n_tokens = texts.iter().map(Vec::len).sum();
+    let vectors = tokio::task::spawn_blocking(move || app.backend.embed(&texts))
+        .await
+        .map_err(|error| ApiError::internal(format!("embedding failed: {error}")))??;
+    Ok((vectors, n_tokens))
+}
+
+/// The cosine of the angle between `a` and `b`; 0 if one is zero.
+pub(super) fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let lengths = (dot(a, a) * dot(b, b)).sqrt();
+    if lengths > 0.0 { dot(a, b) / lengths } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_at_the_side_that_was_asked_for() {
+        let cut = |keep, from_left| Truncation { keep, from_left }.cut(vec![1, 2, 3, 4]);
+        assert_eq!([cut(None, false), cut(Some(9), true)], [vec![1, 2, 3, 4], vec![1, 2, 3, 4]]);
+        assert_eq!([cut(Some(2), false), cut(Some(2), true)], [vec![1, 2], vec![3, 4]]);
+    }
+
+    #[test]
+    fn cosines_do_not_depend_on_lengths() {
+        assert!((cosine(&[3.0, 0.0], &[0.5, 0.5]) - 0.5f32.sqrt()).abs() < 1e-6);
+        assert_eq!(cosine(&[0.0, 0.0], &[1.0, 2.0]), 0.0);
+    }
+}
