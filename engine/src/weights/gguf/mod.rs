@@ -259,7 +259,7 @@ mod tests {
         w.string("general.architecture", "llama").u32("llama.block_count", 3).f32("x.eps", 1e-5).bool("x.flag", true);
         w.strings("x.tokens", &["a", "", "é"]).i32s("x.types", &[1, -2]);
         w.tensor("t", &[2, 3], 0, [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|v| v.to_le_bytes()).collect());
-        w.tensor("later", &[32], 12, vec![0; 18]);
+        w.tensor("later", &[32], 16, vec![0; 18]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
         assert_eq!(gguf.string("general.architecture").unwrap(), Some("llama"));
@@ -276,12 +276,12 @@ mod tests {
     #[test]
     fn errors_name_the_file_and_the_cause() {
         let mut w = GgufWriter::default();
-        w.string("s", "text").tensor("later", &[256], 12, vec![0; 144]);
+        w.string("s", "text").tensor("later", &[256], 16, vec![0; 66]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
         let message = |e: Error| e.to_string();
         let e = message(gguf.tensor("later").unwrap_err());
-        assert!(e.contains("'later' has type Q4_K") && e.contains("Q4_0, Q4_1, Q8_0"), "{e}");
+        assert!(e.contains("'later' has type IQ2_XXS") && e.contains("F32, F16, BF16, IQ4_NL"), "{e}");
         assert!(e.contains(&*file.path().to_string_lossy()), "{e}");
         assert!(message(gguf.tensor("nope").unwrap_err()).contains("'nope' is missing"));
         let e = message(gguf.integer("s").unwrap_err());
