@@ -323,6 +323,9 @@ mod tests {
         assert!(qwen.qkv_bias && !qwen.o_bias && qwen.sliding_window.is_none());
         let mistral = spec(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "head_dim": 32}));
         assert_eq!((mistral.sliding_window, mistral.head_dim), (Some(128), 32));
+        assert_eq!(spec(json!({"architectures": ["MistralForCausalLM"]})).sliding_window, Some(4096));
+        let qwen3 = spec(json!({"architectures": ["Qwen3ForCausalLM"], "attention_bias": true}));
+        assert!(qwen3.qk_norm && qwen3.qkv_bias && qwen3.o_bias && qwen3.head_dim == 128);
 
         let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192});
@@ -348,7 +351,8 @@ mod tests {
         };
         check(
             json!({"architectures": ["BloomForCausalLM"]}),
-            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
+             Qwen3ForCausalLM",
         );
         check(json!({"architectures": null}), "'architectures' must name");
         check(json!({"hidden_size": "big"}), "'hidden_size' must be a positive integer");

@@ -2,10 +2,9 @@
 
 use half::f16;
 
-use super::QuantFormat;
+use super::{GROUP, QuantFormat};
 
-/// `n_blocks` blocks of random codes with scales near 0.01. Minima of formats that add them are -7.5 scales; those of
-/// formats that subtract them are positive.
+/// `n_blocks` blocks of random codes, whose values are around 0 and mostly below 0.3.
 pub(crate) fn blocks(format: &dyn QuantFormat, n_blocks: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {
@@ -13,9 +12,16 @@ pub(crate) fn blocks(format: &dyn QuantFormat, n_blocks: usize, seed: u64) -> Ve
         (state >> 33) as u32
     };
     let (scale_at, minimum_at) = halves(format.name());
+    let base = match (format.name(), format.block_size()) {
+        ("IQ4_NL" | "Q8_0", _) => 1e-3,
+        ("Q6_K", _) => 1e-4,
+        // A unit of scales of up to 6 bits.
+        (_, 256) => 3e-4,
+        _ => 1e-2,
+    };
     let mut data = Vec::with_capacity(n_blocks * format.block_bytes());
     for _ in 0..n_blocks {
-        let scale = 0.005 + next() as f32 / (1u32 << 31) as f32 * 0.01;
+        let scale = base * (0.5 + next() as f32 / (1u32 << 31) as f32);
         let first = data.len();
         data.extend((0..format.block_bytes()).map(|_| next() as u8));
         let mut put = |at: usize, value: f32| {
@@ -23,7 +29,7 @@ pub(crate) fn blocks(format: &dyn QuantFormat, n_blocks: usize, seed: u64) -> Ve
         };
         put(scale_at, scale);
         if let Some(at) = minimum_at {
-            put(at, if format.block_size() == super::GROUP { -7.5 * scale } else { 7.5 * scale });
+            put(at, if format.block_size() == GROUP { -7.5 * scale } else { 7.5 * scale });
         }
     }
     data
