@@ -170,6 +170,17 @@ impl Gguf {
         })
     }
 
+    /// The array of numbers at `key`, if it is there, in single precision.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the value is something else.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, Error> {
+        self.scalar(key, "an array of numbers", |value| match value {
+            Value::Array { element, bytes, .. } => metadata::floats(*element, &self.first()[bytes.clone()]),
+            _ => None,
+        })
+    }
+
     fn scalar<'a, T>(
         &'a self,
         key: &str,
