@@ -18,6 +18,10 @@
 
 #![warn(missing_docs)]
 
+// Code that unit and integration tests share names the crate as a user does.
+#[cfg(test)]
+extern crate self as ember_engine;
+
 pub mod config;
 pub mod decoder;
 pub mod embedding;

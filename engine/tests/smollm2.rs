@@ -73,7 +73,8 @@ fn check_against_oracle(oracle: &Oracle, output: &Output) -> usize {
 #[test]
 fn greedy_ids_equal_the_oracles() {
     let model = Model::open(&model_path(), LoadFormat::Auto, 0).expect("the model opens");
-    let oracle = Oracle::new(&model);
+    let read = |weight| model.weights.get(weight).expect("the model is whole").to_f32().into_owned();
+    let oracle = Oracle::new(&model.spec, read);
     let engine = Engine::load(model_path(), config()).expect("the model loads");
     let params = SamplingParams { logprobs: Some(5), ..greedy() };
     let outputs = engine.generate(PROMPTS, &params).expect("generates");

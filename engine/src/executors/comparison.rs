@@ -63,7 +63,7 @@ impl Scores {
 }
 
 /// Token `position` of prompt `seq`.
-fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
+pub fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
     ((seq * 7919 + position * 104_729 + 17) % vocab) as u32
 }
 

@@ -2,7 +2,7 @@
 
 pub mod burn;
 #[cfg(any(test, feature = "cuda"))]
-mod comparison;
+pub(crate) mod comparison;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -54,6 +54,11 @@ impl HfConfig {
         self.value.get(field).filter(|value| !value.is_null())
     }
 
+    /// Whether `field` is there, null or not.
+    pub fn has(&self, field: &str) -> bool {
+        self.value.get(field).is_some()
+    }
+
     /// The value of `field` as `read` understands it.
     fn optional<T>(&self, field: &str, what: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Error> {
         self.get(field)
@@ -158,6 +163,26 @@ impl HfConfig {
         };
         super::model::check_dimensions(&spec).map_err(|message| self.error(message))?;
         Ok(spec)
+    }
+
+    /// The sliding window of a model of `n_layers` that names it as Qwen2 does: layers from `max_window_layers` on have
+    /// it if `use_sliding_window` says so.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if only some layers have it.
+    pub fn window_of_layers(&self, n_layers: usize) -> Result<Option<usize>, Error> {
+        if !self.flag("use_sliding_window")? {
+            return Ok(None);
+        }
+        let first = self.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28) as usize;
+        match self.count("sliding_window")? {
+            window if first == 0 => Ok(window),
+            Some(_) if first < n_layers => Err(self.error(format!(
+                "'max_window_layers' is {first} of {n_layers} layers: a sliding window in only some layers is not \
+                 supported"
+            ))),
+            _ => Ok(None),
+        }
     }
 
     /// `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5 that hold both.

@@ -1,14 +1,14 @@
-//! The Llama architecture: Llama 1 to 3, SmolLM2, and Mistral, which is the same with a sliding window.
+//! The Llama architecture: Llama 1 to 3, SmolLM2, and in GGUF files also Mistral.
 
 use super::{Architecture, HfConfig, gguf_metadata};
 use crate::{Error, decoder::DecoderSpec, weights::gguf::Gguf};
 
-/// `LlamaForCausalLM` and `MistralForCausalLM`.
+/// `LlamaForCausalLM`.
 pub struct Llama;
 
 impl Architecture for Llama {
     fn hf_names(&self) -> &'static [&'static str] {
-        &["LlamaForCausalLM", "MistralForCausalLM"]
+        &["LlamaForCausalLM"]
     }
 
     fn gguf_names(&self) -> &'static [&'static str] {
@@ -20,16 +20,11 @@ impl Architecture for Llama {
     }
 
     fn spec_from_config(&self, config: &HfConfig) -> Result<DecoderSpec, Error> {
-        let name = config.architecture()?;
-        let mut spec = config.llama_like_spec(name)?;
-        if name == "MistralForCausalLM" {
-            spec.sliding_window = config.count("sliding_window")?;
-        } else {
-            let attention_bias = config.flag("attention_bias")?;
-            spec.qkv_bias = attention_bias;
-            spec.o_bias = attention_bias;
-            spec.mlp_bias = config.flag("mlp_bias")?;
-        }
+        let mut spec = config.llama_like_spec(config.architecture()?)?;
+        let attention_bias = config.flag("attention_bias")?;
+        spec.qkv_bias = attention_bias;
+        spec.o_bias = attention_bias;
+        spec.mlp_bias = config.flag("mlp_bias")?;
         Ok(spec)
     }
 

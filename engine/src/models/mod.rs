@@ -1,11 +1,15 @@
 //! Model architectures: one trait, one file per architecture, one row in [`ARCHITECTURES`].
 
+#[cfg(test)]
+mod checkpoint_tests;
 mod generation_defaults;
 mod gguf_metadata;
 mod hf_config;
 mod llama;
+mod mistral;
 mod model;
 mod qwen2;
+mod qwen3;
 
 pub use generation_defaults::GenerationDefaults;
 pub use hf_config::HfConfig;
@@ -47,7 +51,7 @@ pub trait Architecture: Send + Sync {
 }
 
 /// Every architecture that Ember runs.
-pub const ARCHITECTURES: &[&dyn Architecture] = &[&llama::Llama, &qwen2::Qwen2];
+pub const ARCHITECTURES: &[&dyn Architecture] = &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
 
 /// The names that most decoder-only models of Hugging Face transformers use.
 fn hf_weight_name(weight: Weight) -> String {

@@ -13,7 +13,7 @@ use crate::{
     weights::{
         DType, TYPICAL_WEIGHT, WeightSource,
         dummy::DummySource,
-        gguf::{Gguf, GgufSource},
+        gguf::{Gguf, GgufSource, PartName},
         safetensors::SafetensorsSource,
     },
 };
@@ -37,7 +37,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens the model at `path`: a folder with config.json, a GGUF file, or a folder with one GGUF file.
+    /// Opens the model at `path`: a folder with config.json, a GGUF file, or a folder with one GGUF file; of a
+    /// split file, any part.
     /// With [`LoadFormat::Dummy`] weights are random, from `seed`, and neither weights nor tokenizer need
     /// be there.
     ///
@@ -136,6 +137,14 @@ fn locate(path: &Path) -> Result<Location, Error> {
     let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     files.retain(|file| has_gguf_suffix(file) && file.is_file());
     files.sort();
+    // The other parts of a split file are found from one of them.
+    let mut models: Vec<Option<String>> = Vec::new();
+    files.retain(|file| {
+        let model = PartName::of(file).map(|name| name.sibling(1));
+        let is_new = model.is_none() || !models.contains(&model);
+        models.push(model);
+        is_new
+    });
     match files.as_slice() {
         [file] => Ok(Location::Gguf(file.clone())),
         [] => Err(Error::model(path, "neither config.json nor a .gguf file is in this folder")),
@@ -314,6 +323,9 @@ mod tests {
         assert!(qwen.qkv_bias && !qwen.o_bias && qwen.sliding_window.is_none());
         let mistral = spec(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "head_dim": 32}));
         assert_eq!((mistral.sliding_window, mistral.head_dim), (Some(128), 32));
+        assert_eq!(spec(json!({"architectures": ["MistralForCausalLM"]})).sliding_window, Some(4096));
+        let qwen3 = spec(json!({"architectures": ["Qwen3ForCausalLM"], "attention_bias": true}));
+        assert!(qwen3.qk_norm && qwen3.qkv_bias && qwen3.o_bias && qwen3.head_dim == 128);
 
         let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192});
@@ -339,7 +351,8 @@ mod tests {
         };
         check(
             json!({"architectures": ["BloomForCausalLM"]}),
-            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
+             Qwen3ForCausalLM",
         );
         check(json!({"architectures": null}), "'architectures' must name");
         check(json!({"hidden_size": "big"}), "'hidden_size' must be a positive integer");
@@ -364,7 +377,12 @@ mod tests {
         assert!(open(folder.path()).contains("neither config.json nor a .gguf file"));
         std::fs::write(folder.path().join("a.gguf"), "GGUF").expect("written");
         assert!(open(folder.path()).contains("a.gguf: "));
-        std::fs::write(folder.path().join("b.gguf"), "GGUF").expect("written");
-        assert!(open(folder.path()).contains("several .gguf files; name one of them: a.gguf, b.gguf"));
+        std::fs::remove_file(folder.path().join("a.gguf")).expect("removed");
+        for part in ["b-00002-of-00003.gguf", "b-00003-of-00003.gguf"] {
+            std::fs::write(folder.path().join(part), "GGUF").expect("written");
+        }
+        assert!(open(folder.path()).contains("b-00002-of-00003.gguf: "), "{}", open(folder.path()));
+        std::fs::write(folder.path().join("a.gguf"), "GGUF").expect("written");
+        assert!(open(folder.path()).contains("several .gguf files; name one of them: a.gguf, b-00002-of-00003.gguf"));
     }
 }

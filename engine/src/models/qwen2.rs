@@ -22,21 +22,7 @@ impl Architecture for Qwen2 {
     fn spec_from_config(&self, config: &HfConfig) -> Result<DecoderSpec, Error> {
         let mut spec = config.llama_like_spec(config.architecture()?)?;
         spec.qkv_bias = true;
-        if config.flag("use_sliding_window")? {
-            // Layers from `max_window_layers` on use the window.
-            let first = config.get("max_window_layers").and_then(|v| v.as_u64()).unwrap_or(28) as usize;
-            spec.sliding_window = match config.count("sliding_window")? {
-                window if first == 0 => window,
-                Some(_) if first < spec.n_layers => {
-                    return Err(config.error(format!(
-                        "'max_window_layers' is {first} of {} layers: a sliding window in only some layers is not \
-                         supported",
-                        spec.n_layers
-                    )));
-                }
-                _ => None,
-            };
-        }
+        spec.sliding_window = config.window_of_layers(spec.n_layers)?;
         Ok(spec)
     }
 

@@ -1,8 +1,19 @@
 //! Quantised block formats: one trait, one file per format, one row in [`FORMATS`].
 
+mod iq4_nl;
+mod iq4_xs;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
+#[cfg(test)]
+pub(crate) mod sample;
 
 /// A quantised format: `block_size` elements of a row in `block_bytes` bytes.
 pub trait QuantFormat: Send + Sync {
@@ -56,13 +67,35 @@ fn read_nibbles(packed: &[u8], codes: &mut [i8; GROUP]) {
     }
 }
 
+/// Codes 0 to 31 of `packed`: 4 bytes with the fifth bits of all, then the lower four as in [`read_nibbles`].
+fn read_five_bits(packed: &[u8], codes: &mut [i8; GROUP]) {
+    read_nibbles(&packed[4..], codes);
+    let fifths = u32::from_le_bytes([packed[0], packed[1], packed[2], packed[3]]);
+    for (i, code) in codes.iter_mut().enumerate() {
+        *code |= ((fifths >> i & 1) << 4) as i8;
+    }
+}
+
 /// The half-precision bits at `block[offset..offset + 2]`.
 fn u16_at(block: &[u8], offset: usize) -> u16 {
     u16::from_le_bytes([block[offset], block[offset + 1]])
 }
 
 /// Every format that Ember decodes, by name.
-pub const FORMATS: &[&dyn QuantFormat] = &[&q4_0::Q4_0, &q4_1::Q4_1, &q8_0::Q8_0];
+pub const FORMATS: &[&dyn QuantFormat] = &[
+    &iq4_nl::Iq4Nl,
+    &iq4_xs::Iq4Xs,
+    &q2_k::Q2K,
+    &q3_k::Q3K,
+    &q4_0::Q4_0,
+    &q4_1::Q4_1,
+    &q4_k::Q4K,
+    &q5_0::Q5_0,
+    &q5_1::Q5_1,
+    &q5_k::Q5K,
+    &q6_k::Q6K,
+    &q8_0::Q8_0,
+];
 
 /// The format of GGUF's type number `ggml_type`.
 pub fn by_ggml_type(ggml_type: u32) -> Option<&'static dyn QuantFormat> {
@@ -76,7 +109,55 @@ fn f16_at(block: &[u8], offset: usize) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::weights::gguf::{Gguf, writer::GgufWriter};
+
+    #[test]
+    fn all_decode_as_the_gguf_package_does() {
+        let bytes_of = |hex: &str| -> Vec<u8> {
+            let digit = |i: usize| u8::from_str_radix(&hex[i..i + 2], 16).expect("hexadecimal");
+            (0..hex.len()).step_by(2).map(digit).collect()
+        };
+        let golden = include_str!("testdata/golden.txt");
+        let mut names = Vec::new();
+        for line in golden.lines() {
+            let [name, blocks, values] = line.split(' ').collect::<Vec<_>>()[..] else {
+                panic!("three fields in a line");
+            };
+            let format = FORMATS.iter().find(|format| format.name() == name).expect("a format");
+            let (blocks, values) = (bytes_of(blocks), bytes_of(values));
+            let mut out = vec![f32::NAN; blocks.len() / format.block_bytes() * format.block_size()];
+            format.dequantize(&blocks, &mut out);
+            let bits: Vec<u8> = out.iter().flat_map(|value| value.to_bits().to_be_bytes()).collect();
+            assert!(bits == values, "{name}");
+            names.push(name);
+        }
+        assert_eq!(names, FORMATS.iter().map(|format| format.name()).collect::<Vec<_>>());
+    }
+
+    proptest! {
+        #[test]
+        fn truncated_data_are_an_error(cut in 1usize..400, seed in any::<u64>()) {
+            for format in FORMATS {
+                let (n_rows, n_columns) = (3, 2 * format.block_size());
+                let mut data = sample::blocks(*format, 2 * n_rows, seed);
+                let whole = data.len();
+                data.truncate(whole.saturating_sub(cut));
+                // Whole blocks of what is left are decoded, the rest is left alone.
+                let mut out = vec![0.0; n_rows * n_columns];
+                format.dequantize(&data, &mut out);
+                let n_decoded = data.len() / format.block_bytes() * format.block_size();
+                prop_assert!(out[n_decoded..].iter().all(|value| *value == 0.0), "{}", format.name());
+
+                let mut writer = GgufWriter::default();
+                writer.tensor("x", &[n_rows, n_columns], format.ggml_type(), data);
+                let message = Gguf::open(writer.file().path()).err().map(|e| e.to_string()).unwrap_or_default();
+                prop_assert!(message.contains("'x'") && message.contains("truncated"), "{}: {message:?}", format.name());
+            }
+        }
+    }
 
     #[test]
     fn names_and_type_numbers_are_unique_and_sorted() {

@@ -13,7 +13,10 @@ use tokenizers::{
     },
 };
 
-use super::tokenizer::{SpecialTokens, added_token};
+use super::{
+    sentencepiece,
+    tokenizer::{SpecialTokens, added_token},
+};
 use crate::{Error, weights::gguf::Gguf};
 
 /// How text is cut before byte-pair encoding, by `tokenizer.ggml.pre`.
@@ -98,34 +101,69 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens
     let model = gguf.string("tokenizer.ggml.model")?;
     let model =
         model.ok_or_else(|| gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside"))?;
-    if model != "gpt2" {
+    let tokens = required_list(gguf, "tokenizer.ggml.tokens")?;
+    let types = token_types(gguf, tokens.len())?;
+    // Whether prompts begin with BOS when the file does not say.
+    let (mut tokenizer, add_bos) = match model {
+        "gpt2" => {
+            let pre = pre_tokenizer(gguf)?;
+            (byte_level(gguf, &tokens, pre)?, pre.add_bos)
+        }
+        "llama" => (sentencepiece::build(gguf, &tokens, &types)?, true),
+        _ => {
+            return Err(gguf.error(format!(
+                "tokenizer model '{model}' is not supported; supported are 'gpt2' (byte-level BPE) and 'llama' \
+                 (SentencePiece)"
+            )));
+        }
+    };
+    let control = add_tokens(gguf, &mut tokenizer, (&tokens, &types))?;
+    Ok((tokenizer, special_tokens(gguf, &tokens, &control, add_bos)?))
+}
+
+fn required_list<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, Error> {
+    gguf.strings(key)?.ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")))
+}
+
+/// The type of each token; empty if the file does not say.
+fn token_types(gguf: &Gguf, n_tokens: usize) -> Result<Vec<i64>, Error> {
+    let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
+    if !types.is_empty() && types.len() != n_tokens {
         return Err(
-            gguf.error(format!("tokenizer model '{model}' is not supported; supported is 'gpt2' (byte-level BPE)"))
+            gguf.error(format!("'tokenizer.ggml.token_type' has {} entries for {n_tokens} tokens", types.len()))
         );
     }
-    let pre = pre_tokenizer(gguf)?;
-    let list = |key: &str| gguf.strings(key)?.ok_or_else(|| gguf.error(format!("metadata key '{key}' is missing")));
-    let tokens = list("tokenizer.ggml.tokens")?;
+    Ok(types)
+}
+
+/// A byte-level BPE tokenizer, without special tokens.
+fn byte_level(gguf: &Gguf, tokens: &[&str], pre: &PreTokenizer) -> Result<tokenizers::Tokenizer, Error> {
     let vocab: Vocab = tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect();
-    let merges = list("tokenizer.ggml.merges")?.into_iter().map(|merge| {
+    let merges = required_list(gguf, "tokenizer.ggml.merges")?.into_iter().map(|merge| {
         // The first space may be a character of the left part's own; a merge has at least one character a side.
         let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(i, _)| i);
-        cut.map(|i| (merge[..i].to_owned(), merge[i + 1..].to_owned())).ok_or_else(|| {
+        let parts = cut.map(|i| (merge[..i].to_owned(), merge[i + 1..].to_owned())).ok_or_else(|| {
             gguf.error(format!("'tokenizer.ggml.merges': '{merge}' is not two parts with a space between"))
-        })
+        })?;
+        // `tokenizers` would panic on a result longer than any token.
+        if !vocab.contains_key(&format!("{}{}", parts.0, parts.1)) {
+            return Err(gguf.error(format!(
+                "vocabulary and merges do not fit together: 'tokenizer.ggml.merges' has '{merge}', whose result is no \
+                 token"
+            )));
+        }
+        Ok(parts)
     });
-    let bpe =
-        BPE::builder().vocab_and_merges(vocab, merges.collect::<Result<_, _>>()?).ignore_merges(pre.ignore_merges);
+    let merges = merges.collect::<Result<_, _>>()?;
+    let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges);
     let bpe = bpe.build().map_err(|e| gguf.error(format!("vocabulary and merges do not fit together: {e}")))?;
-
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
     tokenizer.with_pre_tokenizer(Some(steps(pre).map_err(|e| gguf.error(format!("pre-tokenizer: {e}")))?));
     tokenizer.with_decoder(Some(ByteLevel::default()));
     if pre.nfc {
         tokenizer.with_normalizer(Some(NFC)).map_err(|e| gguf.error(format!("normalizer: {e}")))?;
     }
-    let control = add_tokens(gguf, &mut tokenizer, &tokens)?;
-    Ok((tokenizer, special_tokens(gguf, &tokens, &control, pre)?))
+    Ok(tokenizer)
 }
 
 fn pre_tokenizer(gguf: &Gguf) -> Result<&'static PreTokenizer, Error> {
@@ -162,15 +200,11 @@ fn isolate(regex: &str) -> Result<PreTokenizerWrapper, tokenizers::Error> {
 }
 
 /// Makes the tokens that are matched before byte-pair encoding; returns the ids of the control tokens.
-fn add_tokens(gguf: &Gguf, tokenizer: &mut tokenizers::Tokenizer, tokens: &[&str]) -> Result<Vec<u32>, Error> {
-    let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
-    if !types.is_empty() && types.len() != tokens.len() {
-        return Err(gguf.error(format!(
-            "'tokenizer.ggml.token_type' has {} entries for {} tokens",
-            types.len(),
-            tokens.len()
-        )));
-    }
+fn add_tokens(
+    gguf: &Gguf,
+    tokenizer: &mut tokenizers::Tokenizer,
+    (tokens, types): (&[&str], &[i64]),
+) -> Result<Vec<u32>, Error> {
     let of_type = |wanted: &[i64]| {
         let ids = types.iter().enumerate().filter(|(_, token_type)| wanted.contains(token_type));
         ids.map(|(id, _)| id).filter(|&id| !tokens[id].is_empty()).collect::<Vec<usize>>()
@@ -183,7 +217,7 @@ fn add_tokens(gguf: &Gguf, tokenizer: &mut tokenizers::Tokenizer, tokens: &[&str
     Ok(control.iter().map(|&id| id as u32).collect())
 }
 
-fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], pre: &PreTokenizer) -> Result<SpecialTokens, Error> {
+fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], add_bos: bool) -> Result<SpecialTokens, Error> {
     let id_at = |key: &str| -> Result<Option<u32>, Error> {
         match gguf.integer(key)? {
             Some(id) if id >= tokens.len() => {
@@ -194,7 +228,7 @@ fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], pre: &PreTokeni
     };
     let mut special = SpecialTokens {
         bos: id_at("tokenizer.ggml.bos_token_id")?,
-        add_bos: Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.add_bos)),
+        add_bos: Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos)),
         ..SpecialTokens::default()
     };
     for (field, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
@@ -290,8 +324,8 @@ mod tests {
         };
         let text = |s: &str| [&(s.len() as u64).to_le_bytes(), s.as_bytes()].concat();
         check(
-            &|w| w.replace("tokenizer.ggml.model", 8, &text("llama")),
-            "'llama' is not supported; supported is 'gpt2'",
+            &|w| w.replace("tokenizer.ggml.model", 8, &text("bert")),
+            "'bert' is not supported; supported are 'gpt2'",
         );
         check(
             &|w| w.replace("tokenizer.ggml.pre", 8, &text("odd")),
@@ -310,5 +344,7 @@ mod tests {
         let array = |s: &str| [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text(s)].concat();
         check(&|w| w.replace("tokenizer.ggml.merges", 9, &array("ab")), "'ab' is not two parts");
         check(&|w| w.replace("tokenizer.ggml.merges", 9, &array("a bcd")), "do not fit together");
+        // Both parts are tokens, their result is longer than any.
+        check(&|w| w.replace("tokenizer.ggml.merges", 9, &array("<|eot_id|> <|eot_id|>")), "do not fit together");
     }
 }

@@ -3,6 +3,7 @@
 mod chat_template;
 mod detokenize;
 mod gguf_tokenizer;
+mod sentencepiece;
 mod stop;
 #[cfg(test)]
 pub(crate) mod test_model;

@@ -1,10 +1,7 @@
 //! An independent decoder in float32: plain loops over dequantised weights, one token at a time, no
 //! batching, no paging, no tensor library. Slow and easy to check against the papers.
 
-use ember_engine::{
-    decoder::{DecoderSpec, LayerWeight, Weight},
-    models::Model,
-};
+use ember_engine::decoder::{DecoderSpec, LayerWeight, RopeScaling, Weight};
 
 pub struct Oracle {
     spec: DecoderSpec,
@@ -20,6 +17,10 @@ struct Layer {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    /// Of q, k and v.
+    biases: Option<[Vec<f32>; 3]>,
+    /// Of q and k, one element per element of a head.
+    qk_norms: Option<[Vec<f32>; 2]>,
     o: Vec<f32>,
     post_attention_norm: Vec<f32>,
     gate: Vec<f32>,
@@ -34,10 +35,10 @@ pub struct Cache {
 }
 
 impl Oracle {
-    pub fn new(model: &Model) -> Self {
-        let spec = model.spec.clone();
-        assert!(!spec.qkv_bias && !spec.qk_norm && spec.sliding_window.is_none(), "a plain Llama");
-        let read = |w: Weight| model.weights.get(w).expect("the model is whole").to_f32().into_owned();
+    /// The model `spec` with the weights that `read` gives, in rotate-half order.
+    pub fn new(spec: &DecoderSpec, read: impl Fn(Weight) -> Vec<f32>) -> Self {
+        let spec = spec.clone();
+        assert!(!spec.o_bias && !spec.mlp_bias && spec.rope.scaling == RopeScaling::None, "not written");
         let layer = |i: usize| {
             let of = |w: LayerWeight| read(Weight::Layer(i, w));
             Layer {
@@ -45,6 +46,8 @@ impl Oracle {
                 q: of(LayerWeight::QProj),
                 k: of(LayerWeight::KProj),
                 v: of(LayerWeight::VProj),
+                biases: spec.qkv_bias.then(|| [LayerWeight::QBias, LayerWeight::KBias, LayerWeight::VBias].map(of)),
+                qk_norms: spec.qk_norm.then(|| [LayerWeight::QNorm, LayerWeight::KNorm].map(of)),
                 o: of(LayerWeight::OProj),
                 post_attention_norm: of(LayerWeight::PostAttentionNorm),
                 gate: of(LayerWeight::GateProj),
@@ -78,9 +81,19 @@ impl Oracle {
             let h = rms_norm(&x, &layer.input_norm, spec.norm_eps);
             let mut q = multiply(&layer.q, &h);
             let mut k = multiply(&layer.k, &h);
+            let mut v = multiply(&layer.v, &h);
+            if let Some([q_bias, k_bias, v_bias]) = &layer.biases {
+                add(&mut q, q_bias);
+                add(&mut k, k_bias);
+                add(&mut v, v_bias);
+            }
+            if let Some([q_norm, k_norm]) = &layer.qk_norms {
+                q = q.chunks_exact(d).flat_map(|head| rms_norm(head, q_norm, spec.norm_eps)).collect();
+                k = k.chunks_exact(d).flat_map(|head| rms_norm(head, k_norm, spec.norm_eps)).collect();
+            }
             q.chunks_exact_mut(d).chain(k.chunks_exact_mut(d)).for_each(|head| self.rotate(head, position));
             cache.keys[i].extend(k);
-            cache.values[i].extend(multiply(&layer.v, &h));
+            cache.values[i].extend(v);
             let attended = self.attend(&q, &cache.keys[i], &cache.values[i]);
             add(&mut x, &multiply(&layer.o, &attended));
 
@@ -116,14 +129,16 @@ impl Oracle {
         let (d, n_kv) = (self.spec.head_dim, self.spec.n_kv_heads);
         let per_kv = self.spec.n_heads / n_kv;
         let n_tokens = keys.len() / (n_kv * d);
+        // With a window of one, a token sees itself alone.
+        let first = n_tokens - n_tokens.min(self.spec.sliding_window.unwrap_or(n_tokens));
         let mut out = vec![0.0; q.len()];
         for (head, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
             let at = |t: usize| (t * n_kv + head / per_kv) * d;
-            let scores: Vec<f32> = (0..n_tokens).map(|t| dot(q, &keys[at(t)..][..d]) / (d as f32).sqrt()).collect();
+            let scores: Vec<f32> = (first..n_tokens).map(|t| dot(q, &keys[at(t)..][..d]) / (d as f32).sqrt()).collect();
             let max = scores.iter().copied().fold(f32::MIN, f32::max);
             let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
             let total: f32 = weights.iter().sum();
-            for (t, weight) in weights.iter().enumerate() {
+            for (t, weight) in (first..).zip(&weights) {
                 for (o, v) in out.iter_mut().zip(&values[at(t)..][..d]) {
                     *o += weight / total * v;
                 }

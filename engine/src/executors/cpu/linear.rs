@@ -378,6 +378,16 @@ mod tests {
     }
 
     #[test]
+    fn every_format_multiplies() {
+        for format in crate::quant::FORMATS {
+            let tolerance = if format.affine().is_some() { 5e-5 } else { 2e-6 };
+            for n_rows in [32, 7] {
+                check(vec![quantised(format.ggml_type(), n_rows, 512)], 512, tolerance);
+            }
+        }
+    }
+
+    #[test]
     fn float_products_are_those_of_float64() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             check(vec![floats(dtype, 32, 64)], 64, 2e-6);

@@ -1,4 +1,5 @@
-//! [`PackedMatrix`]: quantised weights rearranged for vectors, at their stored size and without loss.
+//! [`PackedMatrix`]: quantised weights rearranged for vectors, without loss; at their stored size if that is of four or
+//! eight bits an element.
 //!
 //! Rows lie in groups of eight, a group in blocks of 32 columns. A block holds the codes, then eight half-precision
 //! scales, then eight minima if the format stores them. Codes form 16-bit words; a vector of 16 words covers the pairs
@@ -157,23 +158,7 @@ pub(super) mod tests {
     /// A tensor of random blocks of the format `ggml_type` with scales near 0.01.
     pub fn random_tensor(ggml_type: u32, n_rows: usize, n_cols: usize, seed: u64) -> TensorView<'static> {
         let format = quant::by_ggml_type(ggml_type).expect("a format");
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as u32
-        };
-        let n_blocks = n_rows * n_cols / format.block_size();
-        let mut data = Vec::with_capacity(n_blocks * format.block_bytes());
-        for _ in 0..n_blocks {
-            let scale = f16::from_f32(0.005 + next() as f32 / (1u32 << 31) as f32 * 0.01);
-            data.extend(scale.to_le_bytes());
-            if format.name() == "Q4_1" {
-                data.extend(f16::from_f32(-7.5 * scale.to_f32()).to_le_bytes());
-            }
-            while !data.len().is_multiple_of(format.block_bytes()) {
-                data.push(next() as u8);
-            }
-        }
+        let data = quant::sample::blocks(format, n_rows * n_cols / format.block_size(), seed);
         TensorView { dtype: DType::Quant(format), shape: vec![n_rows, n_cols], data: Cow::Owned(data) }
     }
 
@@ -189,10 +174,10 @@ pub(super) mod tests {
 
     #[test]
     fn packing_keeps_size_and_values() {
-        for (ggml_type, n_rows) in [(2, 16), (3, 16), (8, 16), (3, 13)] {
+        for (ggml_type, n_rows) in [(2, 16), (3, 16), (8, 16), (3, 13), (6, 16), (20, 9)] {
             let tensor = random_tensor(ggml_type, n_rows, 96, 1);
             let packed = PackedMatrix::pack(&tensor, &mut Arena::default()).expect("memory").expect("has codes");
-            if n_rows == 16 {
+            if n_rows == 16 && ggml_type != 6 {
                 assert_eq!(packed.n_groups() * packed.group_bytes(), tensor.data.len());
             }
             let values = tensor.to_f32();

@@ -86,3 +86,12 @@ pub(super) fn integers(element: ValueType, bytes: &[u8]) -> Option<Vec<i64>> {
         ValueType::F32 | ValueType::F64 | ValueType::Bool | ValueType::String | ValueType::Array => None,
     }
 }
+
+/// The floating-point numbers in `bytes`, the contents of an array of `element`.
+pub(super) fn floats(element: ValueType, bytes: &[u8]) -> Option<Vec<f32>> {
+    match element {
+        ValueType::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+        ValueType::F64 => Some(bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect()),
+        _ => None,
+    }
+}

@@ -1,4 +1,4 @@
-//! [`Gguf`]: a memory-mapped GGUF file, versions 2 and 3, little endian.
+//! [`Gguf`]: a memory-mapped GGUF file, or all parts of a split one; versions 2 and 3, little endian.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. The header is checked in full when the
 //! file is opened; nothing of it is trusted before, and nothing is allocated that the file's own bytes do not back.
@@ -6,6 +6,7 @@
 mod metadata;
 mod reader;
 mod source;
+mod split;
 #[cfg(test)]
 pub(crate) mod writer;
 
@@ -20,15 +21,19 @@ use std::{
 use memmap2::Mmap;
 use metadata::{Value, ValueType};
 pub use source::GgufSource;
+pub(crate) use split::PartName;
 
 use super::{DType, TensorView};
 use crate::{Error, quant};
 
-/// A GGUF file: metadata and tensors by name.
+/// A GGUF file, or all parts of a split one: metadata and tensors by name.
 #[derive(Debug)]
 pub struct Gguf {
+    /// The first part.
     path: PathBuf,
-    mmap: Arc<Mmap>,
+    /// One per part.
+    maps: Vec<Arc<Mmap>>,
+    /// The first part's.
     metadata: HashMap<String, Value>,
     tensors: HashMap<String, TensorInfo>,
 }
@@ -39,30 +44,47 @@ struct TensorInfo {
     /// PyTorch's order; GGUF stores the reverse.
     shape: Vec<usize>,
     ggml_type: u32,
-    /// First byte in the file.
+    /// Index of the part that holds it.
+    part: usize,
+    /// First byte in that file.
     start: usize,
 }
 
 impl Gguf {
-    /// Maps the file at `path` and checks its header.
+    /// Maps the file at `path` and checks its header; of a split file, all parts, whichever `path` is.
     ///
     /// # Errors
-    /// [`Error::Model`] if the file cannot be opened, is truncated or contradicts itself.
+    /// [`Error::Model`] if the file or another part cannot be opened, is truncated or contradicts itself.
     pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = Self::open_one(path)?;
+        match file.integer("split.count")? {
+            Some(count) if count > 1 => split::join(file, count),
+            _ => Ok(file),
+        }
+    }
+
+    /// Maps the file at `path` alone.
+    fn open_one(path: &Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(|e| Error::model(path, format!("cannot open the file: {e}")))?;
         // SAFETY: the map is only read. Changing the file under a running server is undefined for every
         // memory-mapped model format; all text taken from the map is checked again when it is used.
         let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::model(path, format!("cannot map the file: {e}")))?;
         let header = reader::read_header(&mmap).map_err(|message| Error::model(path, message))?;
-        Ok(Self { path: path.to_owned(), mmap: Arc::new(mmap), metadata: header.metadata, tensors: header.tensors })
+        let maps = vec![Arc::new(mmap)];
+        Ok(Self { path: path.to_owned(), maps, metadata: header.metadata, tensors: header.tensors })
     }
 
-    /// The mapped file, shared.
-    pub fn map(&self) -> &Arc<Mmap> {
-        &self.mmap
+    /// The mapped file that holds tensor `name`, shared.
+    pub fn map(&self, name: &str) -> Option<&Arc<Mmap>> {
+        self.tensors.get(name).map(|info| &self.maps[info.part])
     }
 
-    /// The file.
+    /// The first part, which holds the metadata.
+    fn first(&self) -> &[u8] {
+        &self.maps[0]
+    }
+
+    /// The file; of a split one, the first part.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -83,7 +105,7 @@ impl Gguf {
     /// [`Error::Model`] if the value is no text.
     pub fn string(&self, key: &str) -> Result<Option<&str>, Error> {
         self.scalar(key, "a string", |value| match value {
-            Value::String(range) => std::str::from_utf8(&self.mmap[range.clone()]).ok(),
+            Value::String(range) => std::str::from_utf8(&self.first()[range.clone()]).ok(),
             _ => None,
         })
     }
@@ -131,7 +153,7 @@ impl Gguf {
     pub fn strings(&self, key: &str) -> Result<Option<Vec<&str>>, Error> {
         self.scalar(key, "an array of strings", |value| match value {
             Value::Array { element: ValueType::String, len, bytes } => {
-                metadata::strings(&self.mmap[bytes.clone()], *len)
+                metadata::strings(&self.first()[bytes.clone()], *len)
             }
             _ => None,
         })
@@ -143,7 +165,18 @@ impl Gguf {
     /// [`Error::Model`] if the value is something else.
     pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>, Error> {
         self.scalar(key, "an array of integers", |value| match value {
-            Value::Array { element, bytes, .. } => metadata::integers(*element, &self.mmap[bytes.clone()]),
+            Value::Array { element, bytes, .. } => metadata::integers(*element, &self.first()[bytes.clone()]),
+            _ => None,
+        })
+    }
+
+    /// The array of numbers at `key`, if it is there, in single precision.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the value is something else.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, Error> {
+        self.scalar(key, "an array of numbers", |value| match value {
+            Value::Array { element, bytes, .. } => metadata::floats(*element, &self.first()[bytes.clone()]),
             _ => None,
         })
     }
@@ -193,7 +226,7 @@ impl Gguf {
             .iter()
             .try_fold(1usize, |n, &d| n.checked_mul(d))
             .and_then(|n| dtype.size_of(n))
-            .and_then(|size| self.mmap.get(info.start..info.start.checked_add(size)?))
+            .and_then(|size| self.maps[info.part].get(info.start..info.start.checked_add(size)?))
             .ok_or_else(|| self.error(format!("tensor '{name}' runs past the end of the file")))?;
         Ok(TensorView { dtype, shape: info.shape.clone(), data: Cow::Borrowed(data) })
     }
@@ -259,7 +292,7 @@ mod tests {
         w.string("general.architecture", "llama").u32("llama.block_count", 3).f32("x.eps", 1e-5).bool("x.flag", true);
         w.strings("x.tokens", &["a", "", "é"]).i32s("x.types", &[1, -2]);
         w.tensor("t", &[2, 3], 0, [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|v| v.to_le_bytes()).collect());
-        w.tensor("later", &[32], 12, vec![0; 18]);
+        w.tensor("later", &[32], 16, vec![0; 18]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
         assert_eq!(gguf.string("general.architecture").unwrap(), Some("llama"));
@@ -276,12 +309,12 @@ mod tests {
     #[test]
     fn errors_name_the_file_and_the_cause() {
         let mut w = GgufWriter::default();
-        w.string("s", "text").tensor("later", &[256], 12, vec![0; 144]);
+        w.string("s", "text").tensor("later", &[256], 16, vec![0; 66]);
         let file = w.file();
         let gguf = Gguf::open(file.path()).expect("valid");
         let message = |e: Error| e.to_string();
         let e = message(gguf.tensor("later").unwrap_err());
-        assert!(e.contains("'later' has type Q4_K") && e.contains("Q4_0, Q4_1, Q8_0"), "{e}");
+        assert!(e.contains("'later' has type IQ2_XXS") && e.contains("F32, F16, BF16, IQ4_NL"), "{e}");
         assert!(e.contains(&*file.path().to_string_lossy()), "{e}");
         assert!(message(gguf.tensor("nope").unwrap_err()).contains("'nope' is missing"));
         let e = message(gguf.integer("s").unwrap_err());

@@ -136,7 +136,7 @@ fn read_tensor_info(cursor: &mut Cursor<'_>) -> Result<TensorInfo, String> {
         .map(|&d| usize::try_from(d).map_err(|_| format!("dimension {d} is too large")))
         .collect::<Result<_, _>>()?;
     let start = usize::try_from(offset).map_err(|_| format!("offset {offset} is too large"))?;
-    Ok(TensorInfo { shape, ggml_type, start })
+    Ok(TensorInfo { shape, ggml_type, part: 0, start })
 }
 
 /// Turns `info.start` into a position in the file and checks that the tensor fits.

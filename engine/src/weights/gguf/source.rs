@@ -53,7 +53,7 @@ impl WeightSource for GgufSource {
     }
 
     fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
-        Ok(StoredTensor::new(self.get(weight)?, Some(self.gguf.map())))
+        Ok(StoredTensor::new(self.get(weight)?, self.gguf.map(&tensor_name(weight))))
     }
 }
 

@@ -75,6 +75,11 @@ impl GgufWriter {
         self.raw(key, 9, &array_of_i32(values))
     }
 
+    pub(crate) fn f32s(&mut self, key: &str, values: &[f32]) -> &mut Self {
+        let elements: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.raw(key, 9, &[&6u32.to_le_bytes(), &(values.len() as u64).to_le_bytes()[..], &elements].concat())
+    }
+
     /// An array of arrays.
     pub(crate) fn nested(&mut self, key: &str, values: &[&[i32]]) -> &mut Self {
         let elements: Vec<u8> = values.iter().flat_map(|v| array_of_i32(v)).collect();
