@@ -17,6 +17,7 @@ use crate::{
     metrics::Metrics,
     request_id,
     routes::{self, Call, Route},
+    sampling::LogprobsLimits,
 };
 
 /// Largest request body in bytes.
@@ -97,6 +98,17 @@ impl App {
             None | Some("") => Ok(&served[0]),
             Some(name) if served.iter().any(|served| served == name) => Ok(name),
             Some(name) => Err(ApiError::unknown_model(name, served)),
+        }
+    }
+
+    /// How many log-probabilities a request may ask for.
+    pub(crate) fn logprobs_limits(&self) -> LogprobsLimits {
+        let info = self.backend.info();
+        let as_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let possible = as_u32(info.max_logprobs);
+        LogprobsLimits {
+            most: self.config.max_logprobs.unwrap_or(possible).min(possible),
+            all: as_u32(info.vocab_size),
         }
     }
 

@@ -41,6 +41,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         prompt_logprobs: None,
         max_model_len: app.backend.info().max_model_len,
         most_tokens: app.config.sampling_defaults.max_tokens(),
+        logprobs_limits: app.logprobs_limits(),
     };
     let mut params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
@@ -237,6 +238,10 @@ fn refuse_unsupported(own: &ChatFields) -> Result<(), ApiError> {
 fn n_top_logprobs(own: &ChatFields) -> Result<Option<i64>, ApiError> {
     let n_top = own.top_logprobs.unwrap_or(0);
     if own.logprobs == Some(true) {
+        if n_top < -1 {
+            let message = format!("top_logprobs must be non-negative or -1, got {n_top}.");
+            return Err(ApiError::invalid("top_logprobs", message));
+        }
         return Ok(Some(n_top));
     }
     if n_top != 0 {
