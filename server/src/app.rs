@@ -154,7 +154,7 @@ impl App {
             Ok(route) => route,
             Err(allow) => return not_routed(allow),
         };
-        let mut response = self.call(route, parts, body).await.unwrap_or_else(ApiError::into_response);
+        let mut response = self.call(route, parts, body).await.unwrap_or_else(route.error);
         if self.config.enable_request_id_headers && !response.headers().contains_key(request_id::HEADER) {
             let id = request_id.unwrap_or_else(|| {
                 uuid::Uuid::new_v4().simple().to_string().parse().expect("hexadecimal digits are a valid header value")

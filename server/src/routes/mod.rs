@@ -5,18 +5,24 @@ mod completions;
 mod detokenize;
 mod health;
 mod load;
+mod messages;
 mod metrics;
 mod models;
 mod openapi;
+mod responses;
 mod tokenize;
 mod version;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
-use ember_common::openai::{
-    ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields, DetokenizeFields,
-    Detokenized, ModelList, SamplingFields, TokenizeFields, Tokenized,
+use ember_common::{
+    anthropic::{Message, MessageEvent, MessagesFields, TokenCount},
+    openai::{
+        ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields,
+        DetokenizeFields, Detokenized, ModelList, ModelResponse, ResponseEvent, ResponsesFields, SamplingFields,
+        TokenizeFields, Tokenized,
+    },
 };
 use hyper::{Method, Response, http::request::Parts};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -54,6 +60,8 @@ pub struct Route {
     pub request: &'static [SchemaOf],
     /// Its answer's body.
     pub answer: AnswerBody,
+    /// The answer to a request that failed.
+    pub error: fn(ApiError) -> Response<Body>,
     /// Answers a request.
     pub handler: fn(Arc<App>, Call) -> Answer,
 }
@@ -93,6 +101,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Token ids to text.",
         request: &[schema::<DetokenizeFields>()],
         answer: AnswerBody::Json(schema::<Detokenized>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(detokenize::answer(app, call)),
     },
     probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
@@ -119,6 +128,7 @@ pub const ROUTES: &[Route] = &[
         summary: "A text or a conversation to token ids.",
         request: &[schema::<TokenizeFields>()],
         answer: AnswerBody::Json(schema::<Tokenized>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(tokenize::answer(app, call)),
     },
     Route {
@@ -128,6 +138,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Answers a conversation.",
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(chat_completions::answer(app, call)),
     },
     Route {
@@ -137,7 +148,28 @@ pub const ROUTES: &[Route] = &[
         summary: "Continues prompts.",
         request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(completions::answer(app, call)),
+    },
+    Route {
+        path: "/v1/messages",
+        methods: POST,
+        is_measured: true,
+        summary: "Answers a conversation in Anthropic's shape.",
+        request: &[schema::<MessagesFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<Message>(), schema::<MessageEvent>()),
+        error: ApiError::into_anthropic_response,
+        handler: |app, call| Box::pin(messages::answer(app, call)),
+    },
+    Route {
+        path: "/v1/messages/count_tokens",
+        methods: POST,
+        is_measured: true,
+        summary: "Counts a conversation's tokens.",
+        request: &[schema::<MessagesFields>()],
+        answer: AnswerBody::Json(schema::<TokenCount>()),
+        error: ApiError::into_anthropic_response,
+        handler: |app, call| Box::pin(messages::count_tokens(app, call)),
     },
     Route {
         path: "/v1/models",
@@ -146,7 +178,18 @@ pub const ROUTES: &[Route] = &[
         summary: "The served names.",
         request: &[],
         answer: AnswerBody::Json(schema::<ModelList>()),
+        error: ApiError::into_response,
         handler: |app, _| Box::pin(models::answer(app)),
+    },
+    Route {
+        path: "/v1/responses",
+        methods: POST,
+        is_measured: true,
+        summary: "Answers a conversation in OpenAI's newer shape.",
+        request: &[schema::<SamplingFields>(), schema::<ResponsesFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<ModelResponse>(), schema::<ResponseEvent>()),
+        error: ApiError::into_response,
+        handler: |app, call| Box::pin(responses::answer(app, call)),
     },
     probe("/version", GET, "The server's version.", AnswerBody::Json(schema::<version::Version>()), |_, _| {
         Box::pin(version::answer())
@@ -160,7 +203,7 @@ const fn probe(
     answer: AnswerBody,
     handler: fn(Arc<App>, Call) -> Answer,
 ) -> Route {
-    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
+    Route { path, methods, is_measured: false, summary, request: &[], answer, error: ApiError::into_response, handler }
 }
 
 /// The endpoint at `path`.

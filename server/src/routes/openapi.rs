@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ember_common::openai::ErrorResponse;
+use ember_common::{anthropic::MessageErrorResponse, openai::ErrorResponse};
 use hyper::Response;
 use schemars::{SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -59,7 +59,11 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
             json!({"application/json": body(whole), "text/event-stream": body(chunk)})
         }
     };
-    let error = json!({"description": "What is wrong.", "content": {"application/json": body(|generator| generator.subschema_for::<ErrorResponse>())}});
+    let error = body(match route.path.starts_with("/v1/messages") {
+        true => |generator| generator.subschema_for::<MessageErrorResponse>(),
+        false => |generator| generator.subschema_for::<ErrorResponse>(),
+    });
+    let error = json!({"description": "What is wrong.", "content": {"application/json": error}});
     let mut operation = json!({
         "summary": route.summary,
         "responses": {"200": {"description": "The answer.", "content": content}, "default": error}

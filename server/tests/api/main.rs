@@ -2,6 +2,7 @@
 //! output is known.
 
 mod contract;
+mod endpoints;
 mod fake;
 mod lifecycle;
 mod snapshots;

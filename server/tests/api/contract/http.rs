@@ -16,6 +16,8 @@ const ROUTES: &[(&str, u16)] = &[
     ("GET /v1/nothing", 404),
     ("POST /v1/nothing", 404),
     ("POST /v1/embeddings", 404),
+    ("GET /v1/responses", 405),
+    ("GET /v1/messages", 405),
     ("GET /nothing", 404),
     ("GET /V1/models", 404),
     ("DELETE /v1/models", 405),
