@@ -9,6 +9,7 @@ mod messages;
 mod metrics;
 mod models;
 mod openapi;
+mod page;
 mod responses;
 mod tokenize;
 mod version;
@@ -75,6 +76,8 @@ pub enum AnswerBody {
     Empty,
     /// Text.
     Text,
+    /// A web page.
+    Html,
     /// JSON.
     Json(SchemaOf),
     /// JSON, or server-sent events of the second.
@@ -94,6 +97,7 @@ const fn schema<T: JsonSchema>() -> SchemaOf {
 
 /// All endpoints, sorted by path.
 pub const ROUTES: &[Route] = &[
+    probe("/", GET, "A page to chat with the model.", AnswerBody::Html, |_, _| Box::pin(page::answer())),
     Route {
         path: "/detokenize",
         methods: POST,

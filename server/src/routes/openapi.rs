@@ -54,6 +54,7 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     let content = match route.answer {
         AnswerBody::Empty => json!({}),
         AnswerBody::Text => json!({"text/plain": {"schema": {"type": "string"}}}),
+        AnswerBody::Html => json!({"text/html": {"schema": {"type": "string"}}}),
         AnswerBody::Json(schema) => json!({"application/json": body(schema)}),
         AnswerBody::JsonOrStream(whole, chunk) => {
             json!({"application/json": body(whole), "text/event-stream": body(chunk)})

@@ -5,6 +5,7 @@ mod contract;
 mod endpoints;
 mod fake;
 mod lifecycle;
+mod observing;
 mod snapshots;
 mod streaming;
 mod tools;

@@ -32,6 +32,8 @@ const ROUTES: &[(&str, u16)] = &[
     ("POST /metrics", 405),
     ("POST /version", 405),
     ("PUT /ping", 405),
+    ("GET /", 200),
+    ("POST /", 405),
     ("GET /health", 200),
     ("GET /ping", 200),
     ("POST /ping", 200),
