@@ -61,6 +61,8 @@ pub struct EngineInfo {
     pub max_num_seqs: usize,
     /// Most tokens in one step.
     pub max_num_batched_tokens: usize,
+    /// Most log-probabilities per position: the vocabulary, or what a device's kernels leave room for.
+    pub max_logprobs: usize,
     /// Tokens that the KV cache holds.
     pub n_kv_tokens: usize,
     /// Device, element type and memory plan, in one line.
@@ -141,6 +143,7 @@ impl Engine {
                 max_model_len: capacity.max_model_len,
                 max_num_seqs: capacity.max_num_seqs,
                 max_num_batched_tokens: capacity.max_num_batched_tokens,
+                max_logprobs: capacity.max_logprobs,
                 n_kv_tokens: capacity.n_pages * crate::step::PAGE_SIZE,
                 executor,
                 created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
@@ -168,6 +171,7 @@ impl Engine {
         let arrived = Instant::now();
         let GenerateRequest { prompt, params, cache_salt, priority } = request;
         params.validate(self.info.vocab_size)?;
+        self.check_logprobs(&params)?;
         let prompt: Arc<[u32]> = match prompt {
             Prompt::Text(text) => self.tokenizer.encode(&text, true)?.into(),
             Prompt::Tokens(ids) => ids.into(),
@@ -205,6 +209,17 @@ impl Engine {
     }
 
     /// The spellings of `words`, each also with a space before it if that is a token of its own.
+    fn check_logprobs(&self, params: &SamplingParams) -> Result<(), Error> {
+        let most = self.info.max_logprobs;
+        for (param, asked) in [("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)] {
+            if let Some(asked) = asked.filter(|&asked| asked as usize > most) {
+                let message = format!("Requested {param} of {asked}, which is greater than max allowed: {most}");
+                return Err(Error::invalid(param, message));
+            }
+        }
+        Ok(())
+    }
+
     fn bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, Error> {
         let mut spellings: Vec<Vec<u32>> = Vec::new();
         for word in words {

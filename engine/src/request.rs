@@ -121,8 +121,6 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Most log-probabilities a request may ask for (vLLM's `--max-logprobs` default).
-    pub const MAX_LOGPROBS: u32 = 20;
     /// Below this temperature sampling is greedy (vLLM's `_SAMPLING_EPS`).
     pub const GREEDY_BELOW: f32 = 1e-5;
 
@@ -179,18 +177,6 @@ impl SamplingParams {
                 "min_tokens",
                 format!("min_tokens must be less than or equal to max_tokens={max_tokens}, got {}.", self.min_tokens),
             ));
-        }
-        for (param, asked) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
-            if asked.is_some_and(|k| k > Self::MAX_LOGPROBS) {
-                return Err(Error::invalid(
-                    param,
-                    format!(
-                        "Requested {param} of {}, which is greater than max allowed: {}",
-                        asked.unwrap_or_default(),
-                        Self::MAX_LOGPROBS
-                    ),
-                ));
-            }
         }
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::invalid("stop", "stop cannot contain an empty string."));

@@ -3,7 +3,10 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use ember_common::openai::{ErrorBody, ErrorResponse};
+use ember_common::{
+    anthropic::{MessageError, MessageErrorResponse},
+    openai::{ErrorBody, ErrorResponse},
+};
 use hyper::{Response, StatusCode, header};
 use serde_json::value::RawValue;
 
@@ -102,6 +105,16 @@ impl ApiError {
         self
     }
 
+    /// As [`Self::rename`], in the message too.
+    #[must_use]
+    pub fn rename_field(mut self, from: &str, to: &'static str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.message = self.message.replacen(from, to, 1);
+            self.param = Some(to.into());
+        }
+        self
+    }
+
     /// Ends the message with the value that `body` has for the field at fault, as vLLM does.
     #[must_use]
     pub fn with_value_from(mut self, body: &[u8]) -> Self {
@@ -127,13 +140,37 @@ impl ApiError {
         serde_json::to_vec(&ErrorResponse { error }).expect("an error body has no map with odd keys")
     }
 
+    /// What went wrong in Anthropic's words.
+    pub fn to_anthropic(&self) -> MessageError {
+        let kind = match self.status {
+            StatusCode::NOT_FOUND => "not_found_error",
+            StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+            StatusCode::SERVICE_UNAVAILABLE => "overloaded_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "api_error",
+        };
+        MessageError { kind: kind.into(), message: self.message.clone() }
+    }
+
     /// The HTTP response.
     pub fn into_response(self) -> Response<Body> {
+        let body = self.to_json();
+        self.response(body)
+    }
+
+    /// The HTTP response of Anthropic's endpoints.
+    pub fn into_anthropic_response(self) -> Response<Body> {
+        let body = MessageErrorResponse { kind: "error".into(), error: self.to_anthropic() };
+        let body = serde_json::to_vec(&body).expect("an error body has no map with odd keys");
+        self.response(body)
+    }
+
+    fn response(self, body: Vec<u8>) -> Response<Body> {
         let mut response = Response::builder().status(self.status).header(header::CONTENT_TYPE, "application/json");
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             response = response.header(header::RETRY_AFTER, "1");
         }
-        response.body(full_body(Bytes::from(self.to_json()))).expect("constant header names and values are valid")
+        response.body(full_body(Bytes::from(body))).expect("constant header names and values are valid")
     }
 }
 

@@ -17,6 +17,7 @@ use crate::{
     metrics::Metrics,
     request_id,
     routes::{self, Call, Route},
+    sampling::LogprobsLimits,
 };
 
 /// Largest request body in bytes.
@@ -100,6 +101,17 @@ impl App {
         }
     }
 
+    /// How many log-probabilities a request may ask for.
+    pub(crate) fn logprobs_limits(&self) -> LogprobsLimits {
+        let info = self.backend.info();
+        let as_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let possible = as_u32(info.max_logprobs);
+        LogprobsLimits {
+            most: self.config.max_logprobs.unwrap_or(possible).min(possible),
+            all: as_u32(info.vocab_size),
+        }
+    }
+
     /// Tokens per stream chunk: what the request asks for, at least the server's own.
     pub(crate) fn stream_interval(&self, fields: &SamplingFields) -> usize {
         let asked = fields.stream_interval.and_then(|n| usize::try_from(n).ok()).unwrap_or(1);
@@ -142,7 +154,7 @@ impl App {
             Ok(route) => route,
             Err(allow) => return not_routed(allow),
         };
-        let mut response = self.call(route, parts, body).await.unwrap_or_else(ApiError::into_response);
+        let mut response = self.call(route, parts, body).await.unwrap_or_else(route.error);
         if self.config.enable_request_id_headers && !response.headers().contains_key(request_id::HEADER) {
             let id = request_id.unwrap_or_else(|| {
                 uuid::Uuid::new_v4().simple().to_string().parse().expect("hexadecimal digits are a valid header value")

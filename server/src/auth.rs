@@ -14,6 +14,12 @@ pub fn is_authorized(api_keys: &[String], method: &Method, path: &str, headers: 
     if api_keys.is_empty() || method == Method::OPTIONS || !GUARDED.iter().any(|prefix| path.starts_with(prefix)) {
         return true;
     }
+    let is_known =
+        |token: &[u8]| api_keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(token).unwrap_u8()) == 1;
+    // Anthropic's clients send the key alone in a header of their own.
+    if path.starts_with("/v1/messages") && headers.get("x-api-key").is_some_and(|key| is_known(key.as_bytes())) {
+        return true;
+    }
     let Some((scheme, token)) = headers
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
@@ -21,9 +27,8 @@ pub fn is_authorized(api_keys: &[String], method: &Method, path: &str, headers: 
     else {
         return false;
     };
-    let token = token.trim().as_bytes();
-    let matches = api_keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(token).unwrap_u8());
-    scheme.eq_ignore_ascii_case("bearer") && matches == 1
+    let is_known = is_known(token.trim().as_bytes());
+    scheme.eq_ignore_ascii_case("bearer") && is_known
 }
 
 /// The answer to a request without a key. Its `error` is a string, unlike every other error.

@@ -11,6 +11,9 @@ use crate::{
     sampling_defaults::SamplingDefaults,
 };
 
+/// Log-probabilities per position that requests may ask for unless the operator says otherwise.
+pub const DEFAULT_MAX_LOGPROBS: u32 = 20;
+
 /// Everything that `ember serve` needs.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
@@ -74,6 +77,8 @@ pub struct AppConfig {
     pub sampling_defaults: SamplingDefaults,
     /// Variables of the chat template that requests may override.
     pub default_chat_template_kwargs: Map<String, Value>,
+    /// Most log-probabilities per position; `None` is the whole vocabulary.
+    pub max_logprobs: Option<u32>,
     /// For the metrics: as given to the engine.
     pub gpu_memory_utilization: f32,
     /// For the metrics: as given to the engine.
@@ -99,6 +104,7 @@ impl Default for AppConfig {
             reasoning_parser: None,
             sampling_defaults: SamplingDefaults::default(),
             default_chat_template_kwargs: Map::new(),
+            max_logprobs: Some(DEFAULT_MAX_LOGPROBS),
             gpu_memory_utilization: 0.9,
             enable_prefix_caching: true,
         }

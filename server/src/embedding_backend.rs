@@ -40,6 +40,7 @@ impl EmbeddingBackend {
             max_num_seqs: MAX_NUM_SEQS,
             max_num_batched_tokens: engine.max_model_len(),
             n_kv_tokens: 0,
+            max_logprobs: 0,
             executor: format!("device cpu, float32, embeddings of {} dimensions", engine.n_dimensions()),
             created,
         };

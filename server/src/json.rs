@@ -19,7 +19,8 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         let mut deserializer = serde_json::Deserializer::from_slice(body);
         match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
             Err(error) => {
-                let path = error.path().to_string();
+                // `tokens[0]` as `tokens.0`.
+                let path = error.path().to_string().replace('[', ".").replace(']', "");
                 let message = error.inner().to_string();
                 let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
                 let field = match (path.as_str(), missing) {

@@ -19,6 +19,8 @@ mod api_error;
 mod app;
 mod auth;
 mod backend;
+mod blocks;
+mod chat_request;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -75,6 +75,11 @@ pub fn fit(
     max_tokens: Option<u32>,
 ) -> Result<Vec<u32>, ApiError> {
     let max_model_len = app.backend.info().max_model_len;
+    let keeps_end = match fields.truncation_side.as_deref() {
+        None | Some("left") => true,
+        Some("right") => false,
+        Some(_) => return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`.")),
+    };
     if let Some(asked) = fields.truncate_prompt_tokens {
         let keep = match asked {
             -1 => max_model_len - 1,
@@ -86,14 +91,10 @@ pub fn fit(
                 ));
             }
         };
-        match fields.truncation_side.as_deref() {
-            None | Some("left") => {
-                ids.drain(..ids.len().saturating_sub(keep));
-            }
-            Some("right") => ids.truncate(keep),
-            Some(_) => {
-                return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`."));
-            }
+        if keeps_end {
+            ids.drain(..ids.len().saturating_sub(keep));
+        } else {
+            ids.truncate(keep);
         }
     }
     if ids.is_empty() {

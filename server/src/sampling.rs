@@ -12,6 +12,15 @@ const MIN_TEMPERATURE: f32 = 0.01;
 const MAX_LOGIT_BIAS: f32 = 100.0;
 const MAX_CACHE_SALT_CHARS: usize = 128;
 
+/// How many log-probabilities there can be.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LogprobsLimits {
+    /// Most that a request may ask for.
+    pub most: u32,
+    /// All that there are: what -1 stands for.
+    pub all: u32,
+}
+
 /// What the endpoint adds to the shared fields.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct EndpointParams {
@@ -25,6 +34,8 @@ pub struct EndpointParams {
     pub max_model_len: usize,
     /// Output tokens to which more are cut.
     pub most_tokens: Option<u32>,
+    /// For log-probabilities of output and prompt.
+    pub logprobs_limits: LogprobsLimits,
 }
 
 /// The engine's parameters. Ranges that the engine checks itself are left to it.
@@ -80,8 +91,8 @@ pub fn params(
         ignore_eos: fields.ignore_eos.unwrap_or(false),
         min_tokens: non_negative("min_tokens", fields.min_tokens)?.unwrap_or(0),
         max_tokens: max_tokens(endpoint)?.or(defaults.max_tokens).map(|n| n.min(endpoint.most_tokens.unwrap_or(n))),
-        logprobs: n_logprobs("logprobs", endpoint.logprobs)?,
-        prompt_logprobs: n_logprobs("prompt_logprobs", prompt_logprobs)?,
+        logprobs: n_logprobs("logprobs", endpoint.logprobs, endpoint.logprobs_limits)?,
+        prompt_logprobs: n_logprobs("prompt_logprobs", prompt_logprobs, endpoint.logprobs_limits)?,
         skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
     };
     if params.is_greedy() && params.temperature >= 0.0 {
@@ -188,21 +199,24 @@ fn top_k(value: Option<i64>) -> Result<Option<u32>, ApiError> {
     }
 }
 
-fn n_logprobs(param: &'static str, value: Option<i64>) -> Result<Option<u32>, ApiError> {
-    let max = SamplingParams::MAX_LOGPROBS;
-    match value {
-        None => Ok(None),
-        // All of the vocabulary, which is always more than the limit.
-        Some(-1) => Err(ApiError::invalid(
-            param,
-            format!("Requested {param} of -1 (the whole vocabulary), which is greater than max allowed: {max}"),
-        )),
-        Some(k) if k < 0 => Err(ApiError::invalid(param, format!("{param} must be non-negative or -1, got {k}."))),
-        Some(k) if k > i64::from(max) => {
-            Err(ApiError::invalid(param, format!("Requested {param} of {k}, which is greater than max allowed: {max}")))
+fn n_logprobs(
+    param: &'static str,
+    value: Option<i64>,
+    LogprobsLimits { most, all }: LogprobsLimits,
+) -> Result<Option<u32>, ApiError> {
+    let asked = match value {
+        None => return Ok(None),
+        Some(-1) => i64::from(all),
+        Some(k) if k < 0 => {
+            return Err(ApiError::invalid(param, format!("{param} must be non-negative or -1, got {k}.")));
         }
-        Some(k) => Ok(Some(k as u32)),
-    }
+        Some(k) => k,
+    };
+    let refused = || {
+        let message = format!("Requested {param} of {asked}, which is greater than max allowed: {most}");
+        ApiError::invalid(param, message)
+    };
+    u32::try_from(asked).ok().filter(|&asked| asked <= most).map(Some).ok_or_else(refused)
 }
 
 fn token_ids(param: &'static str, ids: &[i64]) -> Result<Vec<u32>, ApiError> {

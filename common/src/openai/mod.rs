@@ -11,6 +11,7 @@ mod error;
 mod logprobs;
 mod models;
 mod ordered_map;
+mod responses;
 mod sampling;
 mod structured;
 mod tokenize;
@@ -31,6 +32,11 @@ pub use logprobs::{
 };
 pub use models::{ModelCard, ModelList, ModelPermission};
 pub use ordered_map::OrderedMap;
+pub use responses::{
+    ContentPart, IncompleteDetails, InputTokensDetails, ModelResponse, OutputItem, OutputTokensDetails,
+    ReasoningOptions, ResponseError, ResponseEvent, ResponseEventKind, ResponseInput, ResponseText, ResponseUsage,
+    ResponsesFields, TextFormat, TextOptions,
+};
 pub use sampling::{OneOrMany, SamplingFields, StopReason, StreamOptions};
 pub use structured::{JsonSchemaFormat, ResponseFormat, StructuredOutputsFields};
 pub use tokenize::{DetokenizeFields, Detokenized, TokenizeFields, Tokenized};

@@ -28,6 +28,8 @@ pub struct Capacity {
     pub max_model_len: usize,
     /// Steps that may be launched before the first is collected.
     pub max_in_flight: usize,
+    /// Best tokens whose log-probabilities a row can have.
+    pub max_logprobs: usize,
 }
 
 /// Runs forward steps and samples.

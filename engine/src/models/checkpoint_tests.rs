@@ -195,11 +195,11 @@ impl Checkpoint {
         };
         let batch = Batch { name: "three in chunks", prompts: vec![45, 1, 17], chunk: 24 };
         let mut portable = BurnExecutor::new(spec, &*model.weights, &config, Device::flex()).expect("loads");
-        let scores = run(&mut portable, &batch, spec.vocab_size, None).expect("runs");
+        let scores = run(&mut portable, &batch, spec.vocab_size, Choice::Greedy).expect("runs");
         let oracle = self.oracle(spec);
         let difference = distance(&oracle, &batch, &scores, spec.vocab_size);
         let mut tuned = CpuExecutor::new(spec, &*model.weights, &config).expect("loads");
-        let forced = run(&mut tuned, &batch, spec.vocab_size, Some(&scores.tokens())).expect("runs");
+        let forced = run(&mut tuned, &batch, spec.vocab_size, Choice::Forced(&scores.tokens)).expect("runs");
         let tuned_difference = distance(&oracle, &batch, &forced, spec.vocab_size);
         println!(
             "{}, {}: {difference:.2e} portable, {tuned_difference:.2e} tuned",

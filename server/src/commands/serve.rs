@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::engine_args::EngineArgs;
 use crate::{
     App, Backend, Error,
-    config::{AppConfig, Listen, ServeConfig},
+    config::{AppConfig, DEFAULT_MAX_LOGPROBS, Listen, ServeConfig},
     cors,
     embedding_backend::EmbeddingBackend,
     listener::{self, End},
@@ -138,6 +138,10 @@ pub struct ServeArgs {
     #[arg(long, env = "EMBER_OVERRIDE_GENERATION_CONFIG", value_name = "JSON", help_heading = "Server")]
     pub override_generation_config: Option<String>,
 
+    /// Most log-probabilities per position that a request may ask for; -1 is the whole vocabulary.
+    #[arg(long, env = "EMBER_MAX_LOGPROBS", default_value_t = i64::from(DEFAULT_MAX_LOGPROBS), allow_negative_numbers = true, value_name = "N", help_heading = "Server")]
+    pub max_logprobs: i64,
+
     /// Say in usage.prompt_tokens_details how much of the prompt was cached.
     #[arg(long, env = "EMBER_ENABLE_PROMPT_TOKENS_DETAILS", help_heading = "Server")]
     pub enable_prompt_tokens_details: bool,
@@ -216,6 +220,7 @@ impl ServeArgs {
                 default_chat_template_kwargs: self.default_chat_template_kwargs.clone().unwrap_or_default(),
                 tool_call_parser: self.tool_call_parser,
                 reasoning_parser: self.reasoning_parser,
+                max_logprobs: max_logprobs(self.max_logprobs)?,
                 gpu_memory_utilization: engine.gpu_memory_utilization,
                 enable_prefix_caching: engine.enable_prefix_caching,
             },
@@ -238,6 +243,16 @@ fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
 fn seconds(flag: &'static str, seconds: f64) -> Result<Duration, Error> {
     let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
     duration.ok_or_else(|| Error::config(flag, format!("{seconds} is not a number of seconds above 0")))
+}
+
+/// -1 is no limit.
+fn max_logprobs(value: i64) -> Result<Option<u32>, Error> {
+    match value {
+        -1 => Ok(None),
+        n => u32::try_from(n)
+            .map(Some)
+            .map_err(|_| Error::config("--max-logprobs", format!("{n} is neither a number from 0 nor -1 (no limit)"))),
+    }
 }
 
 /// `/llm/` as `/llm`.

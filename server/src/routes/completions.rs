@@ -37,6 +37,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         prompt_logprobs: own.logprobs.filter(|_| is_echo),
         max_model_len: app.backend.info().max_model_len,
         most_tokens: app.config.sampling_defaults.max_tokens(),
+        logprobs_limits: app.logprobs_limits(),
     };
     let params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());

@@ -6,10 +6,13 @@ mod detokenize;
 mod embeddings;
 mod health;
 mod load;
+mod messages;
 mod metrics;
 mod models;
 mod openapi;
+mod page;
 mod rerank;
+mod responses;
 mod score;
 mod tokenize;
 mod version;
@@ -17,10 +20,13 @@ mod version;
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
-use ember_common::openai::{
-    ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields, DetokenizeFields,
-    Detokenized, EmbeddingFields, EmbeddingList, ModelList, Ranking, RerankFields, SamplingFields, ScoreFields,
-    ScoreList, TokenizeFields, Tokenized,
+use ember_common::{
+    anthropic::{Message, MessageEvent, MessagesFields, TokenCount},
+    openai::{
+        ChatCompletion, ChatCompletionChunk, ChatFields, Completion, CompletionChunk, CompletionFields,
+        DetokenizeFields, Detokenized, EmbeddingFields, EmbeddingList, ModelList, ModelResponse, Ranking, RerankFields,
+        ResponseEvent, ResponsesFields, SamplingFields, ScoreFields, ScoreList, TokenizeFields, Tokenized,
+    },
 };
 use hyper::{Method, Response, http::request::Parts};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -58,6 +64,8 @@ pub struct Route {
     pub request: &'static [SchemaOf],
     /// Its answer's body.
     pub answer: AnswerBody,
+    /// The answer to a request that failed.
+    pub error: fn(ApiError) -> Response<Body>,
     /// Answers a request.
     pub handler: fn(Arc<App>, Call) -> Answer,
 }
@@ -71,6 +79,8 @@ pub enum AnswerBody {
     Empty,
     /// Text.
     Text,
+    /// A web page.
+    Html,
     /// JSON.
     Json(SchemaOf),
     /// JSON, or server-sent events of the second.
@@ -90,6 +100,7 @@ const fn schema<T: JsonSchema>() -> SchemaOf {
 
 /// All endpoints, sorted by path.
 pub const ROUTES: &[Route] = &[
+    probe("/", GET, "A page to chat with the model.", AnswerBody::Html, |_, _| Box::pin(page::answer())),
     Route {
         path: "/detokenize",
         methods: POST,
@@ -97,6 +108,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Token ids to text.",
         request: &[schema::<DetokenizeFields>()],
         answer: AnswerBody::Json(schema::<Detokenized>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(detokenize::answer(app, call)),
     },
     probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
@@ -125,6 +137,7 @@ pub const ROUTES: &[Route] = &[
         summary: "A text or a conversation to token ids.",
         request: &[schema::<TokenizeFields>()],
         answer: AnswerBody::Json(schema::<Tokenized>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(tokenize::answer(app, call)),
     },
     Route {
@@ -134,6 +147,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Answers a conversation.",
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(chat_completions::answer(app, call)),
     },
     Route {
@@ -143,6 +157,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Continues prompts.",
         request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(completions::answer(app, call)),
     },
     Route {
@@ -152,7 +167,28 @@ pub const ROUTES: &[Route] = &[
         summary: "Vectors of texts, by an embedding model.",
         request: &[schema::<EmbeddingFields>()],
         answer: AnswerBody::Json(schema::<EmbeddingList>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(embeddings::answer(app, call)),
+    },
+    Route {
+        path: "/v1/messages",
+        methods: POST,
+        is_measured: true,
+        summary: "Answers a conversation in Anthropic's shape.",
+        request: &[schema::<MessagesFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<Message>(), schema::<MessageEvent>()),
+        error: ApiError::into_anthropic_response,
+        handler: |app, call| Box::pin(messages::answer(app, call)),
+    },
+    Route {
+        path: "/v1/messages/count_tokens",
+        methods: POST,
+        is_measured: true,
+        summary: "Counts a conversation's tokens.",
+        request: &[schema::<MessagesFields>()],
+        answer: AnswerBody::Json(schema::<TokenCount>()),
+        error: ApiError::into_anthropic_response,
+        handler: |app, call| Box::pin(messages::count_tokens(app, call)),
     },
     Route {
         path: "/v1/models",
@@ -161,9 +197,20 @@ pub const ROUTES: &[Route] = &[
         summary: "The served names.",
         request: &[],
         answer: AnswerBody::Json(schema::<ModelList>()),
+        error: ApiError::into_response,
         handler: |app, _| Box::pin(models::answer(app)),
     },
     rerank("/v1/rerank"),
+    Route {
+        path: "/v1/responses",
+        methods: POST,
+        is_measured: true,
+        summary: "Answers a conversation in OpenAI's newer shape.",
+        request: &[schema::<SamplingFields>(), schema::<ResponsesFields>()],
+        answer: AnswerBody::JsonOrStream(schema::<ModelResponse>(), schema::<ResponseEvent>()),
+        error: ApiError::into_response,
+        handler: |app, call| Box::pin(responses::answer(app, call)),
+    },
     score("/v1/score"),
     rerank("/v2/rerank"),
     probe("/version", GET, "The server's version.", AnswerBody::Json(schema::<version::Version>()), |_, _| {
@@ -179,6 +226,7 @@ const fn score(path: &'static str) -> Route {
         summary: "How near pairs of texts are, by an embedding model.",
         request: const { &[schema::<ScoreFields>()] },
         answer: AnswerBody::Json(schema::<ScoreList>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(score::answer(app, call)),
     }
 }
@@ -191,6 +239,7 @@ const fn rerank(path: &'static str) -> Route {
         summary: "Documents in the order of their nearness to a query, by an embedding model.",
         request: const { &[schema::<RerankFields>()] },
         answer: AnswerBody::Json(schema::<Ranking>()),
+        error: ApiError::into_response,
         handler: |app, call| Box::pin(rerank::answer(app, call)),
     }
 }
@@ -202,7 +251,7 @@ const fn probe(
     answer: AnswerBody,
     handler: fn(Arc<App>, Call) -> Answer,
 ) -> Route {
-    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
+    Route { path, methods, is_measured: false, summary, request: &[], answer, error: ApiError::into_response, handler }
 }
 
 /// The endpoint at `path`.

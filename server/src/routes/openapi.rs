@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ember_common::openai::ErrorResponse;
+use ember_common::{anthropic::MessageErrorResponse, openai::ErrorResponse};
 use hyper::Response;
 use schemars::{SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
@@ -54,12 +54,17 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     let content = match route.answer {
         AnswerBody::Empty => json!({}),
         AnswerBody::Text => json!({"text/plain": {"schema": {"type": "string"}}}),
+        AnswerBody::Html => json!({"text/html": {"schema": {"type": "string"}}}),
         AnswerBody::Json(schema) => json!({"application/json": body(schema)}),
         AnswerBody::JsonOrStream(whole, chunk) => {
             json!({"application/json": body(whole), "text/event-stream": body(chunk)})
         }
     };
-    let error = json!({"description": "What is wrong.", "content": {"application/json": body(|generator| generator.subschema_for::<ErrorResponse>())}});
+    let error = body(match route.path.starts_with("/v1/messages") {
+        true => |generator| generator.subschema_for::<MessageErrorResponse>(),
+        false => |generator| generator.subschema_for::<ErrorResponse>(),
+    });
+    let error = json!({"description": "What is wrong.", "content": {"application/json": error}});
     let mut operation = json!({
         "summary": route.summary,
         "responses": {"200": {"description": "The answer.", "content": content}, "default": error}

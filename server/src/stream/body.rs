@@ -18,6 +18,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::{ChunkWriter, UsageMeter};
 use crate::{
+    ApiError,
     app::Body,
     generation::{ChoiceEvent, Choices, append},
 };
@@ -34,7 +35,24 @@ pub trait Frames: Send + Unpin + 'static {
     }
     /// The answer's fingerprint, for the usage chunk.
     fn system_fingerprint(&self) -> &str;
+    /// Writes what comes after all output.
+    fn end(&mut self, writer: &mut ChunkWriter, usage: &UsageMeter) {
+        if usage.at_end {
+            let usage = StreamUsage::from(usage.total());
+            writer.begin().raw(r#"],"usage":"#).value(&usage).raw(r#","system_fingerprint":"#);
+            writer.value(self.system_fingerprint()).end();
+        }
+        writer.frame(DONE);
+    }
+    /// Writes what comes instead of more output.
+    fn error(&mut self, writer: &mut ChunkWriter, error: &ApiError) {
+        writer.frame(&error.to_json());
+        writer.frame(DONE);
+    }
 }
+
+/// The last frame of completions and chat.
+const DONE: &[u8] = b"[DONE]";
 
 /// A stream of events. Owns the request: dropping it, as hyper does when the client hangs up,
 /// cancels the sequences and frees the permit.
@@ -111,17 +129,8 @@ impl<F: Frames> SseBody<F> {
 
     fn finish(&mut self) {
         self.usage.n_reasoning = self.frames.n_reasoning_tokens();
-        if self.usage.at_end {
-            let usage = StreamUsage::from(self.usage.total());
-            self.writer.begin().raw(r#"],"usage":"#).value(&usage).raw(r#","system_fingerprint":"#);
-            self.writer.value(self.frames.system_fingerprint()).end();
-        }
-        self.done();
-    }
-
-    fn done(&mut self) {
+        self.frames.end(&mut self.writer, &self.usage);
         self.choices = None;
-        self.writer.frame(b"[DONE]");
     }
 }
 
@@ -145,8 +154,8 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
                 }
                 Some(Ok(ChoiceEvent::Delta(delta))) => this.delta(delta),
                 Some(Err(error)) => {
-                    this.writer.frame(&error.to_json());
-                    this.done();
+                    this.frames.error(&mut this.writer, &error);
+                    this.choices = None;
                 }
                 None => this.finish(),
             }

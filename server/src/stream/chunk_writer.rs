@@ -38,6 +38,16 @@ impl ChunkWriter {
         Self { head: bytes, out: BytesMut::with_capacity(BLOCK_BYTES) }
     }
 
+    /// A writer of events with names.
+    pub fn of_events() -> Self {
+        Self { head: Vec::new(), out: BytesMut::with_capacity(BLOCK_BYTES) }
+    }
+
+    /// One event with a name.
+    pub fn event(&mut self, name: &str, value: &impl Serialize) {
+        self.raw("event: ").raw(name).raw("\ndata: ").value(value).raw("\n\n");
+    }
+
     /// Begins a chunk: everything up to and including `"choices":[`.
     pub fn begin(&mut self) -> &mut Self {
         self.out.reserve(self.head.len() + BLOCK_BYTES / 8);

@@ -3,7 +3,7 @@
 use ember_common::openai::{CompletionTokensDetails, PromptTokensDetails, StreamOptions, StreamUsage, Usage};
 use ember_engine::PromptEvent;
 
-use crate::config::AppConfig;
+use crate::{config::AppConfig, generation::Finished};
 
 /// Counts a request's tokens.
 #[derive(Debug, Clone)]
@@ -47,6 +47,16 @@ impl UsageMeter {
     pub fn prompt(&mut self, prompt_idx: usize, prompt: &PromptEvent) {
         self.prompt_lens[prompt_idx] = prompt.token_ids.len();
         self.n_cached += prompt.n_cached;
+    }
+
+    /// Counts all of a request with one choice per prompt.
+    pub fn finished(&mut self, finished: &Finished) {
+        for (idx, prompt) in finished.prompts.iter().enumerate() {
+            if let Some(prompt) = prompt {
+                self.prompt(idx, prompt);
+            }
+        }
+        finished.choices.iter().for_each(|choice| self.output(choice.index, choice.token_ids.len()));
     }
 
     /// Counts output tokens.

@@ -50,6 +50,7 @@ impl FakeEngine {
             max_model_len: MAX_MODEL_LEN,
             max_num_seqs: 2,
             max_num_batched_tokens: 64,
+            max_logprobs: 258,
             n_kv_tokens: 1024,
             executor: "fake".into(),
             created: 1,
@@ -60,7 +61,7 @@ impl FakeEngine {
 }
 
 fn logprobs(id: u32, n_top: u32) -> TokenLogprobs {
-    let others = (0..n_top).map(|i| (u32::from(b'a') + i, if i == 1 { f32::NEG_INFINITY } else { -0.5 }));
+    let others = (0..n_top).map(|i| ((u32::from(b'a') + i) % 258, if i == 1 { f32::NEG_INFINITY } else { -0.5 }));
     TokenLogprobs { token_id: id, logprob: -0.25, rank: 1, top: others.collect() }
 }
 

@@ -2,8 +2,10 @@
 //! output is known.
 
 mod contract;
+mod endpoints;
 mod fake;
 mod lifecycle;
+mod observing;
 mod snapshots;
 mod streaming;
 mod tools;

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Best tokens that the kernels leave room for.
-const MAX_TOP: usize = SamplingParams::MAX_LOGPROBS as usize;
+pub(super) const MAX_TOP: usize = 20;
 /// Prompt rows whose logits are computed at once.
 const PROMPT_ROWS: usize = 256;
 

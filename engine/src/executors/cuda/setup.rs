@@ -185,6 +185,7 @@ pub(super) fn run(
         max_num_batched_tokens: limits.max_tokens,
         max_model_len,
         max_in_flight: 2,
+        max_logprobs: super::sampling::MAX_TOP.min(spec.vocab_size),
     };
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
     let (free, _) = gpu.memory()?;
