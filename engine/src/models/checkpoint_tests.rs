@@ -16,7 +16,7 @@ use crate::{
     decoder::{DecoderSpec, LayerWeight, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
-        comparison::{Batch, Scores, prompt_token, run},
+        comparison::{Batch, Choice, Scores, prompt_token, run},
         cpu::CpuExecutor,
     },
     quant,

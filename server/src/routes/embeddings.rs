@@ -45,6 +45,8 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             }
             all
         }
+        // `[]` reads as no token ids, too.
+        PromptInput::Tokens(ids) if ids.is_empty() => Vec::new(),
         PromptInput::Tokens(ids) => vec![ids],
         PromptInput::TokenLists(lists) => lists,
     };

@@ -15,7 +15,7 @@ const ROUTES: &[(&str, u16)] = &[
     ("GET /v1/models/tiny", 404),
     ("GET /v1/nothing", 404),
     ("POST /v1/nothing", 404),
-    ("POST /v1/embeddings", 404),
+    ("POST /v1/audio/speech", 404),
     ("GET /v1/responses", 405),
     ("GET /v1/messages", 405),
     ("GET /nothing", 404),
