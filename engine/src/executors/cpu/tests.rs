@@ -183,3 +183,25 @@ fn a_sequence_does_not_depend_on_its_batch() {
         assert_eq!(of(&alone), of(&together), "{}", kernels.name);
     }
 }
+
+#[test]
+fn edits_hold_with_log_probabilities_and_without() {
+    let spec = DecoderSpec { vocab_size: 2048, ..llama() };
+    let mut executor = CpuExecutor::new(&spec, &dummy(&spec, DType::F32), &config()).expect("loads");
+    let batch = Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 };
+    let mut tokens = |choice| run(&mut executor, &batch, spec.vocab_size, choice).expect("runs").tokens;
+    let (plain, edited) = (tokens(Choice::Greedy), tokens(Choice::Edited { logprobs: true }));
+    assert_eq!(edited, tokens(Choice::Edited { logprobs: false }));
+    assert_ne!(edited, plain);
+    for (seq, tokens) in edited.iter().enumerate() {
+        for (step, &id) in (0u32..).zip(tokens) {
+            let holds = match seq % 6 {
+                3 => id < 1000 && id % 5 == 1,
+                4 => !(id >= step && id < step + 200 && (id - step).is_multiple_of(2)),
+                5 => id < 60 * 32 && id % 4 == id / 32 % 4,
+                _ => true,
+            };
+            assert!(holds, "token {id} of sequence {seq}");
+        }
+    }
+}

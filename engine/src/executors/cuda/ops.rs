@@ -375,10 +375,12 @@ impl Contexts {
 
     /// Of a step whose longest block table has `n_blocks` pages.
     pub(super) fn of(n_blocks: usize) -> Self {
-        match n_blocks {
-            ..=Self::SHORT_BLOCKS => Self::Short,
-            ..=Self::MEDIUM_BLOCKS => Self::Medium,
-            _ => Self::Long,
+        if n_blocks <= Self::SHORT_BLOCKS {
+            Self::Short
+        } else if n_blocks <= Self::MEDIUM_BLOCKS {
+            Self::Medium
+        } else {
+            Self::Long
         }
     }
 }
