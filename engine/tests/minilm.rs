@@ -1,7 +1,7 @@
 //! all-MiniLM-L6-v2 against vectors of an independent float64 encoder (`xtask/reference/bert_embeddings.py`).
 //! Needs the model in the cache: `cargo xtask model minilm`.
 
-use std::path::PathBuf;
+mod cache;
 
 use ember_engine::embedding::EmbeddingEngine;
 
@@ -13,10 +13,7 @@ struct Golden {
 }
 
 fn engine() -> EmbeddingEngine {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
-    let path = cache.join("ember/models/all-MiniLM-L6-v2");
-    assert!(path.is_dir(), "{} is missing; run `cargo xtask model minilm`", path.display());
+    let path = cache::model("minilm", "all-MiniLM-L6-v2");
     assert!(EmbeddingEngine::is_for(&path).expect("a model folder"));
     EmbeddingEngine::load(&path).expect("the model loads")
 }

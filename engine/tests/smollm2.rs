@@ -1,5 +1,6 @@
 //! SmolLM2-135M-Instruct through the whole engine, against an independent float32 decoder.
 
+mod cache;
 mod oracle;
 
 use std::path::PathBuf;
@@ -24,11 +25,7 @@ const N_TOKENS: u32 = 24;
 const NEAR_TIE: f32 = 2e-3;
 
 fn model_path() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
-    let path = cache.join("ember/models/SmolLM2-135M-Instruct-Q4_1.gguf");
-    assert!(path.is_file(), "{} is missing: run `cargo xtask model smollm2` first", path.display());
-    path
+    cache::model("smollm2", "SmolLM2-135M-Instruct-Q4_1.gguf")
 }
 
 fn config() -> EngineConfig {

@@ -67,6 +67,39 @@ pub fn check_vocabulary(app: &App, param: &'static str, ids: &[u32]) -> Result<(
     }
 }
 
+/// How many tokens `truncate_prompt_tokens` keeps of a text; `most` for -1.
+pub fn kept_tokens(app: &App, asked: i64, most: usize) -> Result<usize, ApiError> {
+    let max_model_len = app.backend.info().max_model_len;
+    match asked {
+        -1 => Ok(most),
+        n if n >= 1 && n as usize <= max_model_len => Ok(n as usize),
+        _ => Err(ApiError::invalid(
+            "truncate_prompt_tokens",
+            format!("truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."),
+        )),
+    }
+}
+
+/// Whether `truncation_side` leaves a text's end; `default` if it is not set.
+pub fn keeps_end(side: Option<&str>, default: bool) -> Result<bool, ApiError> {
+    match side {
+        None => Ok(default),
+        Some("left") => Ok(true),
+        Some("right") => Ok(false),
+        Some(_) => Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`.")),
+    }
+}
+
+/// The last `keep` of `ids`, or the first.
+pub fn cut(mut ids: Vec<u32>, keep: usize, keeps_end: bool) -> Vec<u32> {
+    if keeps_end {
+        ids.drain(..ids.len().saturating_sub(keep));
+    } else {
+        ids.truncate(keep);
+    }
+    ids
+}
+
 /// Truncates the prompt if the request says so, and checks that it leaves room for output.
 pub fn fit(
     app: &App,
@@ -75,27 +108,9 @@ pub fn fit(
     max_tokens: Option<u32>,
 ) -> Result<Vec<u32>, ApiError> {
     let max_model_len = app.backend.info().max_model_len;
-    let keeps_end = match fields.truncation_side.as_deref() {
-        None | Some("left") => true,
-        Some("right") => false,
-        Some(_) => return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`.")),
-    };
+    let keeps_end = keeps_end(fields.truncation_side.as_deref(), true)?;
     if let Some(asked) = fields.truncate_prompt_tokens {
-        let keep = match asked {
-            -1 => max_model_len - 1,
-            n if n >= 1 && n as usize <= max_model_len => n as usize,
-            _ => {
-                return Err(ApiError::invalid(
-                    "truncate_prompt_tokens",
-                    format!("truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."),
-                ));
-            }
-        };
-        if keeps_end {
-            ids.drain(..ids.len().saturating_sub(keep));
-        } else {
-            ids.truncate(keep);
-        }
+        ids = cut(ids, kept_tokens(app, asked, max_model_len - 1)?, keeps_end);
     }
     if ids.is_empty() {
         return Err(ApiError::invalid("prompt", "The prompt is empty: it has no tokens."));

@@ -1,9 +1,6 @@
 //! `POST /v1/embeddings`: texts to vectors.
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use ember_common::openai::{Embedding, EmbeddingFields, EmbeddingList, EmbeddingValue, PoolingUsage, PromptInput};
@@ -18,7 +15,7 @@ use crate::{
 };
 
 /// Most texts of a request.
-pub(super) const MAX_TEXTS: usize = 2048;
+const MAX_TEXTS: usize = 2048;
 
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
     let fields: EmbeddingFields = json::parse(&call.body)?;
@@ -36,14 +33,10 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, fields.truncation_side.as_deref())?;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
     let texts = match fields.input {
-        PromptInput::Text(text) => vec![encode(&app, text, add_special_tokens).await?],
+        PromptInput::Text(text) => encode(&app, vec![text], add_special_tokens).await?,
         PromptInput::Texts(texts) => {
             check_count(texts.len())?;
-            let mut all = Vec::with_capacity(texts.len());
-            for text in texts {
-                all.push(encode(&app, text, add_special_tokens).await?);
-            }
-            all
+            encode(&app, texts, add_special_tokens).await?
         }
         // `[]` reads as no token ids, too.
         PromptInput::Tokens(ids) if ids.is_empty() => Vec::new(),
@@ -72,16 +65,11 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     json::response(&EmbeddingList {
         id: format!("embd-{}", uuid::Uuid::new_v4().simple()),
         object: "list",
-        created: now(),
+        created: app.now(),
         model,
         data: data.map(|(index, v)| Embedding { index, object: "embedding", embedding: value(v) }).collect(),
         usage: PoolingUsage::of(n_tokens),
     })
-}
-
-/// Seconds since the Unix epoch.
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 fn check_count(n: usize) -> Result<(), ApiError> {
@@ -92,56 +80,59 @@ fn check_count(n: usize) -> Result<(), ApiError> {
     }
 }
 
-/// A text as token ids.
-pub(super) async fn encode(app: &Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
-    prompt::encode(app.clone(), text, add_special_tokens).await
+/// Checks how many documents a query is compared with.
+pub(super) fn check_documents(n: usize) -> Result<(), ApiError> {
+    match n {
+        1..=MAX_TEXTS => Ok(()),
+        _ => Err(ApiError::invalid("documents", format!("There must be 1 to {MAX_TEXTS} documents, not {n}."))),
+    }
+}
+
+/// Texts as token ids.
+async fn encode(app: &Arc<App>, texts: Vec<String>, add_special_tokens: bool) -> Result<Vec<Vec<u32>>, ApiError> {
+    let mut all = Vec::with_capacity(texts.len());
+    for text in texts {
+        all.push(prompt::encode(app.clone(), text, add_special_tokens).await?);
+    }
+    Ok(all)
+}
+
+/// The vectors of `texts` with the model's special tokens, and how many tokens they have.
+pub(super) async fn embed_texts(
+    app: &Arc<App>,
+    texts: Vec<String>,
+    truncation: Truncation,
+) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
+    let texts = encode(app, texts, true).await?;
+    embed(app.clone(), texts.into_iter().map(|ids| truncation.cut(ids)).collect()).await
 }
 
 /// How long texts are cut.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Truncation {
     keep: Option<usize>,
-    from_left: bool,
+    keeps_end: bool,
 }
 
 impl Truncation {
     /// From a request's fields.
     pub(super) fn of(app: &App, n: Option<i64>, side: Option<&str>) -> Result<Self, ApiError> {
-        let max_model_len = app.backend.info().max_model_len;
-        let keep = match n {
-            None => None,
-            Some(-1) => Some(max_model_len),
-            Some(n) => match usize::try_from(n) {
-                Ok(n) if n >= 1 && n <= max_model_len => Some(n),
-                _ => {
-                    return Err(ApiError::invalid(
-                        "truncate_prompt_tokens",
-                        format!("truncate_prompt_tokens must be -1 or between 1 and max_model_len={max_model_len}."),
-                    ));
-                }
-            },
-        };
-        let from_left = match side {
-            None | Some("right") => false,
-            Some("left") => true,
-            Some(_) => return Err(ApiError::invalid("truncation_side", "truncation_side must be `left` or `right`.")),
-        };
-        Ok(Self { keep, from_left })
+        let most = app.backend.info().max_model_len;
+        let keep = n.map(|asked| prompt::kept_tokens(app, asked, most)).transpose()?;
+        Ok(Self { keep, keeps_end: prompt::keeps_end(side, false)? })
     }
 
     /// `ids`, cut.
-    pub(super) fn cut(self, mut ids: Vec<u32>) -> Vec<u32> {
-        let keep = self.keep.unwrap_or(ids.len());
-        if self.from_left {
-            ids.drain(..ids.len().saturating_sub(keep));
+    fn cut(self, ids: Vec<u32>) -> Vec<u32> {
+        match self.keep {
+            Some(keep) => prompt::cut(ids, keep, self.keeps_end),
+            None => ids,
         }
-        ids.truncate(keep);
-        ids
     }
 }
 
 /// The vectors of `texts`, and how many tokens they have.
-pub(super) async fn embed(app: Arc<App>, texts: Vec<Vec<u32>>) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
+async fn embed(app: Arc<App>, texts: Vec<Vec<u32>>) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
     let n_tokens = texts.iter().map(Vec::len).sum();
     let vectors = tokio::task::spawn_blocking(move || app.backend.embed(&texts))
         .await
@@ -162,7 +153,7 @@ mod tests {
 
     #[test]
     fn texts_are_cut_at_the_side_that_was_asked_for() {
-        let cut = |keep, from_left| Truncation { keep, from_left }.cut(vec![1, 2, 3, 4]);
+        let cut = |keep, keeps_end| Truncation { keep, keeps_end }.cut(vec![1, 2, 3, 4]);
         assert_eq!([cut(None, false), cut(Some(9), true)], [vec![1, 2, 3, 4], vec![1, 2, 3, 4]]);
         assert_eq!([cut(Some(2), false), cut(Some(2), true)], [vec![1, 2], vec![3, 4]]);
     }

@@ -7,7 +7,7 @@ use hyper::Response;
 
 use super::{
     Call,
-    embeddings::{MAX_TEXTS, Truncation, cosine, embed, encode},
+    embeddings::{Truncation, check_documents, cosine, embed_texts},
 };
 use crate::{
     ApiError,
@@ -20,14 +20,9 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let model = app.model_name(fields.model.as_deref())?.to_owned();
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, None)?;
     let n = fields.documents.len();
-    if n == 0 || n > MAX_TEXTS {
-        return Err(ApiError::invalid("documents", format!("There must be 1 to {MAX_TEXTS} documents, not {n}.")));
-    }
-    let mut texts = Vec::with_capacity(1 + n);
-    for text in std::iter::once(&fields.query).chain(&fields.documents) {
-        texts.push(truncation.cut(encode(&app, text.clone(), true).await?));
-    }
-    let (vectors, n_tokens) = embed(app.clone(), texts).await?;
+    check_documents(n)?;
+    let texts = std::iter::once(&fields.query).chain(&fields.documents).cloned().collect();
+    let (vectors, n_tokens) = embed_texts(&app, texts, truncation).await?;
     let scores = vectors[1..].iter().map(|document| cosine(&vectors[0], document));
     let mut results: Vec<Ranked> = fields
         .documents

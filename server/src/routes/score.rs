@@ -7,7 +7,7 @@ use hyper::Response;
 
 use super::{
     Call,
-    embeddings::{MAX_TEXTS, Truncation, cosine, embed, encode, now},
+    embeddings::{Truncation, check_documents, cosine, embed_texts},
 };
 use crate::{
     ApiError,
@@ -21,18 +21,13 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, None)?;
     let (queries, documents) = (fields.queries.into_vec(), fields.documents.into_vec());
     let (n_queries, n) = (queries.len(), documents.len());
-    if n == 0 || n > MAX_TEXTS {
-        return Err(ApiError::invalid("documents", format!("There must be 1 to {MAX_TEXTS} documents, not {n}.")));
-    }
+    check_documents(n)?;
     if n_queries != 1 && n_queries != n {
         let message = format!("There must be one query or as many as documents ({n}), not {n_queries}.");
         return Err(ApiError::invalid("queries", message));
     }
-    let mut texts = Vec::with_capacity(n_queries + n);
-    for text in queries.into_iter().chain(documents) {
-        texts.push(truncation.cut(encode(&app, text, true).await?));
-    }
-    let (vectors, n_tokens) = embed(app.clone(), texts).await?;
+    let texts = queries.into_iter().chain(documents).collect();
+    let (vectors, n_tokens) = embed_texts(&app, texts, truncation).await?;
     let (queries, documents) = vectors.split_at(n_queries);
     let data = documents.iter().enumerate().map(|(index, document)| {
         let query = &queries[if n_queries == 1 { 0 } else { index }];
@@ -41,7 +36,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     json::response(&ScoreList {
         id: format!("score-{}", uuid::Uuid::new_v4().simple()),
         object: "list",
-        created: now(),
+        created: app.now(),
         model,
         data: data.collect(),
         usage: PoolingUsage::of(n_tokens),

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use ember_server::{App, config::AppConfig, output};
+use ember_server::{App, config::AppConfig};
 use serde_json::{Value, json};
 
-use crate::fake::{app, app_saying, config, post, redacted, send};
+use crate::fake::{app, app_that_reads, config, post, redacted, send};
 
 const RESPONSES: &str = "/v1/responses";
 const MESSAGES: &str = "/v1/messages";
@@ -13,16 +13,6 @@ const TEXT: &str = "<think>hm</think>Ok.<tool_call>{\"name\": \"now\", \"argumen
 
 /// Short enough for the context with all that `/v1/messages` needs.
 const CALL: &str = "Ok.<tool_call>{\"name\":\"now\",\"arguments\":{\"a\":1}}</tool_call>";
-
-fn calling(text: &str) -> Arc<App> {
-    let config = AppConfig {
-        enable_auto_tool_choice: true,
-        tool_call_parser: Some(output::tool_format("hermes").unwrap()),
-        reasoning_parser: Some(output::reasoning_format("qwen3").unwrap()),
-        ..config()
-    };
-    app_saying(text, config)
-}
 
 /// Ids of calls are random.
 fn without_call_ids(text: &str) -> String {
@@ -52,7 +42,7 @@ async fn responses() {
     check("response", &plain, RESPONSES, json!({"input": "q", "instructions": "s"})).await;
     check("response_cut_off", &plain, RESPONSES, json!({"input": "q", "max_output_tokens": 2})).await;
     let tools = json!([{"type": "function", "name": "now", "parameters": {"type": "object"}}]);
-    check("response_with_everything", &calling(TEXT), RESPONSES, json!({"input": "q", "tools": tools})).await;
+    check("response_with_everything", &app_that_reads(TEXT), RESPONSES, json!({"input": "q", "tools": tools})).await;
     let (_, text) = send(&plain, post(RESPONSES, r#"{"input": "die", "stream": true}"#)).await;
     assert!(text.contains("event: response.failed\n") && !text.contains("nvidia"), "{text}");
 }
@@ -67,8 +57,8 @@ async fn messages() {
     check("message_cut_off", &plain, MESSAGES, json!({"max_tokens": 2, "messages": asked})).await;
     let tools = json!([{"name": "now", "input_schema": {"type": "object"}}]);
     let body = json!({"max_tokens": 64, "messages": asked, "tools": tools});
-    check("message_thoughts", &calling(TEXT), MESSAGES, body.clone()).await;
-    check("message_call", &calling(CALL), MESSAGES, body).await;
+    check("message_thoughts", &app_that_reads(TEXT), MESSAGES, body.clone()).await;
+    check("message_call", &app_that_reads(CALL), MESSAGES, body).await;
     let body = json!({"messages": asked, "system": "s"}).to_string();
     let (_, text) = send(&plain, post("/v1/messages/count_tokens", body)).await;
     assert_eq!(text, format!(r#"{{"input_tokens":{}}}"#, "system:s\nuser:q\nassistant:".len()));

@@ -15,7 +15,7 @@ use ember_engine::{
     Delta, EngineInfo, EngineStats, Error, Event, Finish, GenerateRequest, Prompt, PromptEvent, SamplingParams,
     StopReason, TokenLogprobs, text::ChatOptions,
 };
-use ember_server::{App, Backend, EventStream, config::AppConfig};
+use ember_server::{App, Backend, EventStream, config::AppConfig, output};
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, StatusCode};
@@ -222,6 +222,17 @@ pub fn app(config: AppConfig) -> (Arc<App>, Arc<FakeEngine>) {
 /// An app over a fake engine that says `text`.
 pub fn app_saying(text: &str, config: AppConfig) -> Arc<App> {
     App::new(Arc::new(FakeEngine::saying(text)), config)
+}
+
+/// An app that looks for calls and reasoning in what the fake engine says: `text`.
+pub fn app_that_reads(text: &str) -> Arc<App> {
+    let config = AppConfig {
+        enable_auto_tool_choice: true,
+        tool_call_parser: Some(output::tool_format("hermes").unwrap()),
+        reasoning_parser: Some(output::reasoning_format("qwen3").unwrap()),
+        ..config()
+    };
+    app_saying(text, config)
 }
 
 /// The options that most tests use.

@@ -1,27 +1,14 @@
 //! Tool calls and reasoning on the wire, streamed and whole.
 
-use std::sync::Arc;
-
 use ember_common::openai::{ChatCompletion, ChatCompletionChunk, ToolCallDelta};
-use ember_server::{App, config::AppConfig, output};
 use serde_json::{Value, json};
 
-use crate::fake::{app_saying, config, post, send};
+use crate::fake::{app_that_reads, post, send};
 
 const CALLS: &str = concat!(
     "Well.<tool_call>{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Köln\"}}</tool_call>",
     "<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>"
 );
-
-fn app(text: &str) -> Arc<App> {
-    let config = AppConfig {
-        enable_auto_tool_choice: true,
-        tool_call_parser: Some(output::tool_format("hermes").unwrap()),
-        reasoning_parser: Some(output::reasoning_format("qwen3").unwrap()),
-        ..config()
-    };
-    app_saying(text, config)
-}
 
 fn body(fields: Value) -> Value {
     let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": {"type": "object"}}});
@@ -31,7 +18,7 @@ fn body(fields: Value) -> Value {
 }
 
 async fn whole(text: &str, fields: Value) -> ChatCompletion {
-    let (status, answer) = send(&app(text), post("/v1/chat/completions", body(fields).to_string())).await;
+    let (status, answer) = send(&app_that_reads(text), post("/v1/chat/completions", body(fields).to_string())).await;
     assert_eq!(status, 200, "{answer}");
     serde_json::from_str(&answer).unwrap()
 }
@@ -50,7 +37,7 @@ struct Streamed {
 async fn streamed(text: &str, mut fields: Value) -> Streamed {
     fields["stream"] = json!(true);
     fields["stream_options"] = json!({"include_usage": true});
-    let (status, answer) = send(&app(text), post("/v1/chat/completions", body(fields).to_string())).await;
+    let (status, answer) = send(&app_that_reads(text), post("/v1/chat/completions", body(fields).to_string())).await;
     assert_eq!(status, 200, "{answer}");
     let mut out = Streamed::default();
     for frame in answer.split_terminator("\n\n").map(|frame| frame.strip_prefix("data: ").unwrap()) {
@@ -130,12 +117,12 @@ async fn forced_calls_are_the_whole_answer() {
     assert_eq!(json!(answer.choices[0].finish_reason), "tool_calls");
     assert_eq!(answer.choices[0].message.tool_calls[1].function.arguments, "{\"b\": []}");
     let unknown = body(json!({"tool_choice": {"type": "function", "function": {"name": "gone"}}}));
-    let (status, text) = send(&app(""), post("/v1/chat/completions", unknown.to_string())).await;
+    let (status, text) = send(&app_that_reads(""), post("/v1/chat/completions", unknown.to_string())).await;
     assert!(status == 400 && text.contains("`gone` of `tool_choice` is not among `tools`"), "{text}");
     let conflict = json!({"tool_choice": "required", "tools": [
         {"type": "function", "function": {"name": "f", "parameters": {"$defs": {"a": {"type": "null"}}}}},
         {"type": "function", "function": {"name": "g", "parameters": {"$defs": {"a": {"type": "string"}}}}}]});
-    let (status, text) = send(&app(""), post("/v1/chat/completions", body(conflict).to_string())).await;
+    let (status, text) = send(&app_that_reads(""), post("/v1/chat/completions", body(conflict).to_string())).await;
     assert!(status == 400 && text.contains("different definitions of `a`"), "{text}");
 }
 
