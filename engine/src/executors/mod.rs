@@ -7,6 +7,9 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod host_capacity;
+mod step_times;
+
+pub use step_times::{StepLoad, StepTime, step_times};
 
 use crate::{
     DeviceChoice, EngineConfig, Error,

@@ -5,6 +5,7 @@ pub mod doctor;
 pub mod engine_args;
 pub mod generate;
 pub mod serve;
+pub mod step_times;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,9 @@ pub enum Command {
     /// Check the CUDA kernels on a device against the portable executor.
     #[command(hide = true)]
     CudaTest(cuda_test::CudaTestArgs),
+    /// Time steps of chosen shapes, without a server.
+    #[command(hide = true)]
+    StepTimes(Box<step_times::StepTimesArgs>),
 }
 
 impl Command {
@@ -37,6 +41,7 @@ impl Command {
             Self::Generate(args) => generate::run(*args),
             Self::Doctor(args) => doctor::run(&args),
             Self::CudaTest(args) => cuda_test::run(&args),
+            Self::StepTimes(args) => step_times::run(&args),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! [`StepBuffers`]: activations and step state, allocated once for the largest step.
 
 use super::{
-    device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm,
+    batch_attention, device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm,
     tensor_map::TensorMap,
 };
 use crate::{Error, decoder::DecoderSpec};
@@ -69,6 +69,7 @@ impl StepBuffers {
         let group = spec.n_heads / spec.n_kv_heads;
         let kv_tiles = spec.n_kv_heads * group.div_ceil(HEADS_PER_TILE);
         let partials = limits.max_seq_splits * kv_tiles * group.min(HEADS_PER_TILE);
+        let (of_blocks, sums_of_blocks) = batch_attention::partial_numbers(spec, gpu.n_sms as usize);
         // Zeroed: rows past the step's end are computed from what is there, and NaNs would be slow to find.
         let zeroed = |n_bytes: usize, what: &str| DeviceBuffer::zeroed(gpu, n_bytes, what);
         Ok(Self {
@@ -83,9 +84,9 @@ impl StepBuffers {
             parts: zeroed(StreamGemm::max_part_numbers(spec) * 4, "the parts of products")?,
             logits: zeroed(limits.logits_rows() * spec.vocab_size * 4, "the logits")?,
             last_tokens: zeroed(limits.max_seqs * 4, "the last tokens")?,
-            partial_out: zeroed(partials * spec.head_dim * 4, "the partial attention results")?,
-            partial_max_sum: zeroed(partials * 2 * 4, "the partial attention sums")?,
-            counters: zeroed(limits.max_seqs * kv_tiles * 4, "the attention counters")?,
+            partial_out: zeroed((partials * spec.head_dim).max(of_blocks) * 4, "the partial attention results")?,
+            partial_max_sum: zeroed((partials * 2).max(sums_of_blocks) * 4, "the partial attention sums")?,
+            counters: zeroed((limits.max_seqs * kv_tiles).max(gpu.n_sms as usize) * 4, "the attention counters")?,
         })
     }
 }

@@ -38,6 +38,7 @@ sources! {
     GEMV = "gemv";
     STREAM_GEMM_SM90 = "stream_gemm_sm90";
     DECODE_ATTENTION = "decode_attention";
+    DECODE_ATTENTION_SM90 = "decode_attention_sm90";
     PREFILL_ATTENTION = "prefill_attention";
     PREFILL_ATTENTION_SM90 = "prefill_attention_sm90";
     DUMMY_WEIGHTS = "dummy_weights";
@@ -46,9 +47,10 @@ sources! {
 }
 
 /// Texts that the sources include.
-static HEADERS: [(&CStr, &str); 4] = [
+static HEADERS: [(&CStr, &str); 5] = [
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
+    (c"decode_page.cuh", include_str!("kernels/decode_page.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"sampling.cuh", include_str!("kernels/sampling.cuh")),
 ];

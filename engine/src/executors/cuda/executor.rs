@@ -129,7 +129,8 @@ impl CudaExecutor {
     /// Enqueues the forward pass of `step`, logits of the rows to sample included.
     fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
         if let Some(bucket) = bucket {
-            return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
+            let graphs = &self.setup.graphs[bucket];
+            return graphs[(Contexts::of(shape.n_blocks) as usize).min(graphs.len() - 1)].launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
         forward.chunks(&self.gpu, shape)?;

@@ -5,6 +5,7 @@
 //! others are cuBLASLt's.
 
 use super::{
+    batch_attention::BatchAttention,
     buffers::{KvCache, StepBuffers},
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
@@ -25,6 +26,8 @@ pub(super) struct Forward {
     pub(super) gemm: Gemm,
     /// On Hopper.
     pub(super) stream_gemm: Option<StreamGemm>,
+    /// On Hopper.
+    pub(super) batch_attention: Option<BatchAttention>,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -286,10 +289,47 @@ impl Forward {
 
     fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
+        if let Some(attention) = self.batch_attention_of(rows.n_decode) {
+            let args = self.batch_attention_args(layer, rows.n_decode);
+            return attention.kernel().launch(gpu.cu_stream(), attention.launch(rows.n_decode), &args);
+        }
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
         args.extend(self.cache_args(layer, rows));
         let kernel = self.ops.decode_attention_rope(rows.n_decode, rows.contexts);
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
+    }
+
+    /// The kernel for batches, if it is for `n_seqs` sequences: its launches do not depend on [`Contexts`].
+    pub(super) fn batch_attention_of(&self, n_seqs: usize) -> Option<&BatchAttention> {
+        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(n_seqs) && !self.spec.qk_norm)
+    }
+
+    fn batch_attention_args(&self, layer: usize, n_seqs: usize) -> [Arg; 20] {
+        let b = &self.buffers;
+        let (k, v) = &self.kv.layers[layer];
+        let (k_map, v_map) = &self.kv.maps[layer];
+        [
+            Map(k_map),
+            Map(v_map),
+            Ptr(b.qkv.ptr()),
+            Ptr(self.weights.layers[layer].qkv_bias()),
+            Ptr(self.cos_sin.ptr()),
+            Ptr(b.block_tables.ptr()),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(k.ptr()),
+            Ptr(v.ptr()),
+            Ptr(b.attn_out.ptr()),
+            Ptr(b.partial_out.ptr()),
+            Ptr(b.partial_max_sum.ptr()),
+            Ptr(b.counters.ptr()),
+            Ptr(self.input(self.layout.unit_starts)),
+            Ptr(self.input(self.layout.block_starts)),
+            Int(n_seqs as i32),
+            Int(self.spec.n_kv_heads as i32),
+            Int(self.max_blocks as i32),
+            Int(self.window()),
+            Float(self.scale()),
+        ]
     }
 
     fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 //! The block starts with what a decode step needs, each array at its place for the largest batch, so that addresses
 //! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
 
-use super::memory::PinnedBuffer;
+use super::{attention_work::AttentionWork, memory::PinnedBuffer};
 use crate::step::{SampleRow, StepInput};
 
 /// Query rows of one tile of the prefill kernel, heads packed in.
@@ -39,6 +39,12 @@ pub(super) struct Layout {
     pub(super) sample_params: Section,
     /// Best tokens whose log-probabilities each of them wants, beside its own; -1: no log-probabilities.
     pub(super) n_top: Section,
+    /// First unit of attention of each sequence of a decode step, and the end.
+    pub(super) unit_starts: Section,
+    /// First unit of each block of attention, and the end.
+    pub(super) block_starts: Section,
+    /// How they are made.
+    work: AttentionWork,
     /// Token ids, positions and cache slots of a decode step: one row a sequence.
     pub(super) decode: TokenSections,
     /// The same of a step with prompt chunks.
@@ -66,7 +72,7 @@ pub(super) struct TokenSections {
 
 impl Layout {
     /// For up to `max_seqs` sequences (a bucket) and `max_tokens` rows; `group` query heads share a kv head.
-    pub(super) fn new(max_seqs: usize, max_tokens: usize, group: usize) -> Self {
+    pub(super) fn new(max_seqs: usize, max_tokens: usize, group: usize, work: AttentionWork) -> Self {
         let mut end = 0;
         let mut section = |len: usize| {
             let start = end;
@@ -82,6 +88,8 @@ impl Layout {
         let sample_rows = section(max_seqs);
         let sample_params = section(8 * max_seqs);
         let n_top = section(max_seqs);
+        let unit_starts = section(max_seqs + 1);
+        let block_starts = section(work.n_blocks + 1);
         let decode = tokens(max_seqs, &mut section);
         let n_decode_words = decode.slot_mapping.start + max_seqs.next_multiple_of(4);
         let chunk = tokens(max_tokens, &mut section);
@@ -93,6 +101,9 @@ impl Layout {
             sample_rows,
             sample_params,
             n_top,
+            unit_starts,
+            block_starts,
+            work,
             decode,
             chunk,
             cu_seqlens,
@@ -177,6 +188,9 @@ impl StepInputs {
     /// Returns the bytes of the block that the step needs on the device.
     pub(super) fn pack(&mut self, layout: &Layout, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> usize {
         pack_block(self.block.as_mut_slice(), layout, step, bucket);
+        if let Some(bucket) = bucket {
+            pack_work(self.block.as_mut_slice(), layout, bucket);
+        }
         pack_block_tables(self.block_tables.as_mut_slice(), step, shape.n_blocks);
         match bucket {
             Some(_) => layout.n_decode_words * 4,
@@ -225,6 +239,13 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
         let starts = step.seqs.iter().map(|s| s.query_start as i32).chain([step.n_tokens() as i32]);
         fill(layout.cu_seqlens.of(block), &mut { starts }, step.seqs.len() + 1, 0);
     }
+}
+
+/// Attention's work, from the contexts packed before.
+fn pack_work(block: &mut [i32], layout: &Layout, bucket: usize) {
+    let (before, rest) = block.split_at_mut(layout.unit_starts.start);
+    let (unit_starts, block_starts) = rest.split_at_mut(layout.block_starts.start - layout.unit_starts.start);
+    layout.work.fill(&layout.context_lens.of(before)[..bucket], unit_starts, block_starts);
 }
 
 /// `SampleRow` of `sample.cu`: temperature, top_p, min_p, top_k, seed (two words), index in the output, slot.
@@ -279,6 +300,10 @@ mod tests {
 
     const GROUP: usize = 4;
 
+    fn layout(max_seqs: usize, max_tokens: usize) -> Layout {
+        Layout::new(max_seqs, max_tokens, GROUP, AttentionWork { n_blocks: 5, n_tiles: 2, window: 0 })
+    }
+
     /// Sequences of (query_len, context_len), all sampled; pages are numbered through.
     fn step(seqs: &[(u32, u32)]) -> StepInput {
         let mut step = StepInput::default();
@@ -315,13 +340,15 @@ mod tests {
 
     #[test]
     fn sections_do_not_overlap_and_decode_comes_first() {
-        let layout = Layout::new(9, 100, GROUP);
+        let layout = layout(9, 100);
         let l = &layout;
         let sections = [
             l.context_lens,
             l.sample_rows,
             l.sample_params,
             l.n_top,
+            l.unit_starts,
+            l.block_starts,
             l.decode.token_ids,
             l.decode.positions,
             l.decode.slot_mapping,
@@ -341,7 +368,7 @@ mod tests {
 
     #[test]
     fn decode_steps_are_padded_to_the_bucket() {
-        let layout = Layout::new(16, 64, GROUP);
+        let layout = layout(16, 64);
         let step = step(&[(1, 5), (1, 17), (1, 1)]);
         let shape = StepShape::of(&step, GROUP);
         assert!(shape.is_decode());
@@ -352,6 +379,9 @@ mod tests {
         assert_eq!(layout.decode.slot_mapping.of(&mut block)[..5], [4, 32, 48, -1, 7]);
         assert_eq!(layout.sample_rows.of(&mut block)[..4], [0, 1, 2, 0]);
         assert_eq!(layout.sample_params.of(&mut block)[8 + 7..8 + 9], [1, 1f32.to_bits() as i32]);
+        pack_work(&mut block, &layout, 4);
+        assert_eq!(layout.unit_starts.of(&mut block)[..6], [0, 2, 6, 8, 8, 7]);
+        assert_eq!(layout.block_starts.of(&mut block), [0, 8, 8, 8, 8, 8]);
         let mut tables = vec![-1; 16 * 2];
         pack_block_tables(&mut tables, &step, shape.n_blocks);
         assert_eq!(tables[..6], [0, -1, 1, 2, 3, -1]);
@@ -371,7 +401,7 @@ mod tests {
         pairs.sort();
         let expected = [(2, 0), (2, 128), (3, 0), (3, 128), (3, 256), (3, 384), (4, 0)];
         assert_eq!(pairs, expected);
-        let layout = Layout::new(5, 144, GROUP);
+        let layout = layout(5, 144);
         let mut block = vec![0; layout.n_words];
         pack_block(&mut block, &layout, &step, None);
         assert_eq!(layout.cu_seqlens.of(&mut block), [0, 1, 2, 42, 142, 144]);

@@ -10,6 +10,8 @@
 //!
 //! Everything goes to one stream, in order. Burn's own stream is used for nothing but allocation.
 
+mod attention_work;
+mod batch_attention;
 mod buckets;
 mod buffers;
 mod compile;

@@ -150,6 +150,7 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
         Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
         Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 },
         Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
+        Batch { name: "sixteen, to 1,390 tokens", prompts: (0..16).map(|i| 40 + 90 * i).collect(), chunk: 512 },
     ];
     if extent == Extent::Quick {
         batches.drain(..2);

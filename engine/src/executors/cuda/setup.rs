@@ -3,6 +3,8 @@
 use std::time::Instant;
 
 use super::{
+    attention_work::AttentionWork,
+    batch_attention::BatchAttention,
     buckets::buckets,
     buffers::{KvCache, StepBuffers, StepLimits, page_bytes},
     device::Gpu,
@@ -34,8 +36,8 @@ pub(super) struct Setup {
     pub(super) forward: Forward,
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
-    /// Graphs of each bucket, for each of [`Contexts`].
-    pub(super) graphs: Vec<[Graph; 3]>,
+    /// Graphs of each bucket: for each of [`Contexts`], or one for all.
+    pub(super) graphs: Vec<Vec<Graph>>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
     pub(super) description: String,
@@ -125,15 +127,17 @@ pub(super) fn run(
         LoadFormat::Auto => Origin::Source(weights),
     };
     // Kernels compile and the rotation table is made while the weights load.
-    let (ops, stream_kernels, table, weights) = std::thread::scope(|scope| {
+    let (ops, stream_kernels, batch_attention, table, weights) = std::thread::scope(|scope| {
         let ops = scope.spawn(|| Ops::new(gpu, spec));
         let stream_kernels = scope.spawn(|| StreamKernels::new(gpu));
+        let batch_attention = scope.spawn(|| BatchAttention::new(gpu, spec, limits.max_seqs));
         let table = scope.spawn(|| cos_sin(spec, max_len));
         let weights = load::load(gpu, spec, origin);
         let panicked = || Error::Device("a thread panicked while the model was prepared".into());
         Ok::<_, Error>((
             ops.join().map_err(|_| panicked())??,
             stream_kernels.join().map_err(|_| panicked())??,
+            batch_attention.join().map_err(|_| panicked())??,
             table.join().map_err(|_| panicked())?,
             weights?,
         ))
@@ -142,7 +146,8 @@ pub(super) fn run(
     let after_weights = total - free;
     tracing::info!("weights loaded and kernels ready in {:.1} s", started.elapsed().as_secs_f32());
 
-    let layout = Layout::new(limits.max_seqs, limits.max_tokens, spec.n_heads / spec.n_kv_heads);
+    let group = spec.n_heads / spec.n_kv_heads;
+    let layout = Layout::new(limits.max_seqs, limits.max_tokens, group, AttentionWork::new(spec, gpu.n_sms));
     let buffers = StepBuffers::new(gpu, spec, limits, &layout)?;
     let cos_sin = DeviceBuffer::new(gpu, table.len() * 4, "the rotation table")?;
     cos_sin.write(gpu, 0, &table)?;
@@ -152,6 +157,7 @@ pub(super) fn run(
         ops,
         gemm: Gemm::new(gpu)?,
         stream_gemm: stream_gemm.transpose()?,
+        batch_attention,
         weights,
         buffers,
         layout,
@@ -168,7 +174,7 @@ pub(super) fn run(
     let inputs = MemoryInputs {
         total,
         used: total - free,
-        reserved: sizes.len() * Contexts::ALL.len() * GRAPH_BYTES,
+        reserved: sizes.iter().map(|&bucket| graph_contexts(&forward, bucket).len() * GRAPH_BYTES).sum(),
         page: 2 * spec.n_layers * page_bytes(spec),
         utilization: config.gpu_memory_utilization,
         kv_bytes: config.kv_cache_memory_bytes,
@@ -272,8 +278,16 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
     gpu.synchronize()
 }
 
+/// The contexts that `bucket` has graphs for.
+fn graph_contexts(forward: &Forward, bucket: usize) -> &'static [Contexts] {
+    match forward.batch_attention_of(bucket) {
+        Some(_) => &[Contexts::Long],
+        None => &Contexts::ALL,
+    }
+}
+
 /// Captures a decode step of every bucket.
-fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 3]>, Error> {
+fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Vec<Graph>>, Error> {
     let started = Instant::now();
     let slots = forward.layout.decode.slot_mapping;
     let nowhere = vec![-1i32; *sizes.last().expect("at least one bucket")];
@@ -286,13 +300,13 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Gra
                 forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
-            let mut graph = |contexts| Graph::capture(gpu, || forward.decode(gpu, bucket, contexts));
-            Ok([graph(Contexts::Short)?, graph(Contexts::Medium)?, graph(Contexts::Long)?])
+            let contexts = graph_contexts(forward, bucket);
+            contexts.iter().map(|&it| Graph::capture(gpu, || forward.decode(gpu, bucket, it))).collect()
         })
-        .collect::<Result<_, Error>>()?;
+        .collect::<Result<Vec<Vec<_>>, Error>>()?;
     tracing::info!(
         "{} CUDA graphs captured in {:.1} s",
-        sizes.len() * Contexts::ALL.len(),
+        graphs.iter().map(Vec::len).sum::<usize>(),
         started.elapsed().as_secs_f32()
     );
     Ok(graphs)

@@ -30,16 +30,13 @@
 // With CLUSTER=n (sm_90 and later) the splits of a kv head are one thread block cluster (n_splits must be n) and
 // combine through shared memory; the three buffers are unused and may be null.
 //
-// One warp works on one page (16 tokens) at a time, entirely in registers: S^T = K Q^T and O^T = V^T P^T by
-// mma.m16n8k16 with the query heads as the 8 columns. The order of head dimensions within a dot product is free, so a
-// lane's 16-byte loads of K are used as A fragments as they are, with Q loaded in the same order; V's fragments need
-// pairs of tokens, which one byte permutation a register makes. The loads of the next page are issued as soon as the
-// registers of this one are read.
+// One warp works on one page at a time (decode_page.cuh). The loads of the next page are issued as soon as the registers
+// of this one are read.
 //
 // Dependent launch: the pages' old tokens, block_tables and context_lens are read before PDL_WAIT. That is right because
 // they were written by earlier graph launches or copies, never by a kernel of the same chain of dependent launches; only
 // qkv (and, for decode_attention, the pages) comes from those, and is read after it.
-#include "attention.cuh"
+#include "decode_page.cuh"
 
 #ifndef CLUSTER
 #define CLUSTER 0
@@ -51,31 +48,13 @@
 #endif
 
 #define THREADS (32 * WARPS)
-#define HEAD_TILES ((GROUP + 7) / 8)
-#define HEADS (GROUP < 8 ? GROUP : 8)
 #define MAX_SPLITS 128
-#define K_VECS (HEAD_DIM / 32)                   // 16-byte loads of K a lane and row
-#define V_REGS (HEAD_DIM / 16)                   // registers of V a lane and token, and tiles of 16 head dimensions
-#define V_VEC (HEAD_DIM % 64 == 0 ? 8 : 4)       // head dimensions a lane loads at a time
-#define LOG2_E 1.4426950408889634f
 
 // The part of one sequence and kv head that a block works on.
 struct Share {
     int context_len, first_token, first_page, n_pages;
     int active;  // splits that have work
     int split;
-};
-
-// The K and V fragments of one page.
-struct Page {
-    uint4 k[2][K_VECS];   // rows g and g + 8
-    u32 v[4][V_REGS];     // tokens 2t, 2t + 1, 2t + 8, 2t + 9
-};
-
-// A warp's running softmax: columns are the heads 2t and 2t + 1.
-struct Softmax {
-    float max[2], sum[2];
-    float out[V_REGS][4];
 };
 
 struct SharedState {
@@ -89,9 +68,6 @@ struct SharedState {
     bool last;
 };
 
-DEVICE int lane_group() { return (threadIdx.x % 32) / 4; }
-DEVICE int lane_member() { return threadIdx.x % 4; }
-
 DEVICE Share block_share(int context_len, int window, int min_pages) {
     Share s;
     s.context_len = context_len;
@@ -101,98 +77,6 @@ DEVICE Share block_share(int context_len, int window, int min_pages) {
     s.active = min((int)gridDim.x, (s.n_pages + min_pages - 1) / min_pages);
     s.split = blockIdx.x;
     return s;
-}
-
-DEVICE void load_k(Page& page, const bf16* k_page) {
-    const bf16* row = k_page + lane_group() * HEAD_DIM + lane_member() * 8;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int i = 0; i < K_VECS; i++) page.k[half][i] = load_stream_16(row + half * 8 * HEAD_DIM + i * 32);
-}
-
-DEVICE void load_v(Page& page, const bf16* v_page) {
-    const bf16* row = v_page + lane_member() * 2 * HEAD_DIM + lane_group() * V_VEC;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const bf16* token = row + ((i & 1) + (i >> 1) * 8) * HEAD_DIM;
-#pragma unroll
-        for (int r = 0; r < V_REGS; r += V_VEC / 2) {
-            const bf16* p = token + r / (V_VEC / 2) * 8 * V_VEC;
-            if (V_VEC == 8) {
-                uint4 x = load_stream_16(p);
-                page.v[i][r] = x.x, page.v[i][r + 1] = x.y, page.v[i][r + 2] = x.z, page.v[i][r + 3] = x.w;
-            } else {
-                uint2 x = load_stream_8(p);
-                page.v[i][r] = x.x, page.v[i][r + 1] = x.y;
-            }
-        }
-    }
-}
-
-// The head dimension of register r of a lane's V fragment (its low half).
-DEVICE int v_dim(int r) { return r / (V_VEC / 2) * 8 * V_VEC + lane_group() * V_VEC + r % (V_VEC / 2) * 2; }
-
-// Puts the new token, which is row `row` of the page, into the fragments, and zeroes V after it: 0 * NaN is NaN.
-DEVICE void insert_new_k(Page& page, const SharedState& shared, int row) {
-    if (lane_group() != row % 8) return;
-#pragma unroll
-    for (int i = 0; i < K_VECS; i++) {
-        uint4 k = *(const uint4*)&shared.k[lane_member() * 8 + i * 32];
-        if (row < 8) page.k[0][i] = k;
-        else page.k[1][i] = k;
-    }
-}
-DEVICE void insert_new_v(Page& page, const SharedState& shared, int row, bool fused) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int token = lane_member() * 2 + (i & 1) + (i >> 1) * 8;
-#pragma unroll
-        for (int r = 0; r < V_REGS; r++) {
-            if (token > row) page.v[i][r] = 0;
-            else if (fused && token == row) page.v[i][r] = *(const u32*)&shared.v[v_dim(r)];
-        }
-    }
-}
-
-// Scores of the page's tokens, as P^T fragments, with the running maximum and sum brought up to date.
-DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VECS], const Share& share, int page_index,
-                         float scale_log2, u32 (&p)[2]) {
-    float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int i = 0; i < K_VECS; i++) {
-        mma_bf16(even, page.k[0][i].x, page.k[1][i].x, page.k[0][i].y, page.k[1][i].y, q[i].x, q[i].y);
-        mma_bf16(odd, page.k[0][i].z, page.k[1][i].z, page.k[0][i].w, page.k[1][i].w, q[i].z, q[i].w);
-    }
-    float s[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
-        bool seen = token >= share.first_token && token < share.context_len;
-        s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INF;
-    }
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-        float m = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, mask));
-        float rescale = exp2_approx(state.max[c] - m);
-        state.max[c] = m;
-        s[c] = exp2_approx(s[c] - m);
-        s[c + 2] = exp2_approx(s[c + 2] - m);
-        state.sum[c] = state.sum[c] * rescale + s[c] + s[c + 2];
-#pragma unroll
-        for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
-    }
-    p[0] = transpose_8x8(pack_bf16(s[0], s[1]));
-    p[1] = transpose_8x8(pack_bf16(s[2], s[3]));
-}
-
-DEVICE void accumulate_page(Softmax& state, const Page& page, const u32 (&p)[2]) {
-#pragma unroll
-    for (int r = 0; r < V_REGS; r++)
-        mma_bf16(state.out[r], low_halves(page.v[0][r], page.v[1][r]), high_halves(page.v[0][r], page.v[1][r]),
-             low_halves(page.v[2][r], page.v[3][r]), high_halves(page.v[2][r], page.v[3][r]), p[0], p[1]);
 }
 
 struct Inputs {
@@ -213,12 +97,6 @@ DEVICE int first_head() { return kv_head() * GROUP + blockIdx.y % HEAD_TILES * 8
 // Query heads of this block; fewer than HEADS in the last tile of a group that 8 does not divide.
 DEVICE int n_heads() { return min(HEADS, GROUP - (int)(blockIdx.y % HEAD_TILES) * 8); }
 
-DEVICE u32 add_bias(u32 x, const bf16* bias, int column) {
-    if (!bias) return x;
-    u32 b = *(const u32*)(bias + column);
-    return pack_bf16(bf16_low(x) + bf16_low(b), bf16_high(x) + bf16_high(b));
-}
-
 // Rotates this block's q heads and its k head into shared memory and puts v beside them (whole block).
 DEVICE void rotate_new_token(SharedState& shared, const Inputs& in, int context_len) {
     const int row_len = (n_kv_heads() * (GROUP + 2)) * HEAD_DIM;
@@ -231,13 +109,7 @@ DEVICE void rotate_new_token(SharedState& shared, const Inputs& in, int context_
         int head = i / PAIRS, d = i % PAIRS * 2;
         bool is_k = head == n_heads();
         int column = is_k ? k_column : (first_head() + head) * HEAD_DIM;
-        u32 a = add_bias(*(const u32*)(row + column + d), in.qkv_bias, column + d);
-        u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), in.qkv_bias, column + d + HEAD_DIM / 2);
-        float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
-        bf16* to = is_k ? shared.k : shared.q[head];
-        *(u32*)(to + d) = pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y);
-        *(u32*)(to + d + HEAD_DIM / 2) =
-                pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y);
+        rotate_pairs(is_k ? shared.k : shared.q[head], row, in.qkv_bias, cos_sin, column, d);
     }
     for (int i = threadIdx.x; i < HEAD_DIM / 2; i += THREADS)
         *(u32*)(shared.v + 2 * i) = add_bias(*(const u32*)(row + v_column + 2 * i), in.qkv_bias, v_column + 2 * i);
@@ -261,12 +133,8 @@ DEVICE float4 merge_warps(const SharedState& shared, int n_warps, int i, float2&
     for (int w = 1; w < n_warps; w++) m = fmaxf(m, shared.max_sum[w][head].x);
     float4 acc = {0.f, 0.f, 0.f, 0.f};
     float sum = 0.f;
-    for (int w = 0; w < n_warps; w++) {
-        float weight = exp2_approx(shared.max_sum[w][head].x - m);
-        float4 o = *(const float4*)&shared.out[w][head][d];
-        sum += weight * shared.max_sum[w][head].y;
-        acc.x += weight * o.x, acc.y += weight * o.y, acc.z += weight * o.z, acc.w += weight * o.w;
-    }
+    for (int w = 0; w < n_warps; w++)
+        add_part(acc, sum, *(const float4*)&shared.out[w][head][d], shared.max_sum[w][head], m);
     max_sum = make_float2(m, sum);
     return acc;
 }
@@ -307,11 +175,7 @@ DEVICE void combine_cluster(SharedState& shared, const Inputs& in, const Share& 
         float4 acc = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int s = 0; s < CLUSTER; s++)
-            if (s < share.active) {
-                float w = exp2_approx(max_sums[s].x - m);
-                sum += w * max_sums[s].y;
-                acc.x += w * outs[s].x, acc.y += w * outs[s].y, acc.z += w * outs[s].z, acc.w += w * outs[s].w;
-            }
+            if (s < share.active) add_part(acc, sum, outs[s], max_sums[s], m);
         store_out(in, i, acc, sum);
     }
     cluster_sync();  // a block's shared memory must live until all have read it
@@ -348,12 +212,8 @@ DEVICE void combine_splits(SharedState& shared, const Inputs& in, const Share& s
         for (int s = 0; s < share.active; s++) m = fmaxf(m, shared.splits[s * HEADS + head].x);
         float4 acc = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 8
-        for (int s = 0; s < share.active; s++) {
-            float4 o = __ldcg(&outs[s * (HEADS * HEAD_DIM / 4) + i]);
-            float w = exp2_approx(shared.splits[s * HEADS + head].x - m);
-            sum += w * shared.splits[s * HEADS + head].y;
-            acc.x += w * o.x, acc.y += w * o.y, acc.z += w * o.z, acc.w += w * o.w;
-        }
+        for (int s = 0; s < share.active; s++)
+            add_part(acc, sum, __ldcg(&outs[s * (HEADS * HEAD_DIM / 4) + i]), shared.splits[s * HEADS + head], m);
         store_out(in, i, acc, sum);
     }
 }
@@ -416,8 +276,8 @@ DEVICE void attend(const Inputs& in) {
     Page page;
     if (n_warp_pages > 0) {
         size_t offset = queue.offset(0);
-        load_k(page, in.k_cache + offset);
-        load_v(page, in.v_cache + offset);
+        load_k(page, GlobalRows{in.k_cache + offset});
+        load_v(page, GlobalRows{in.v_cache + offset});
     }
     const bool owns_new_token = (share.n_pages - 1) % share.active == share.split;
     if (FUSED) {
@@ -430,43 +290,26 @@ DEVICE void attend(const Inputs& in) {
     uint4 q[K_VECS];
     load_q<FUSED>(q, shared, in);
     Softmax state;
-#pragma unroll
-    for (int c = 0; c < 2; c++) state.max[c] = -INF, state.sum[c] = 0.f;
-#pragma unroll
-    for (int r = 0; r < V_REGS; r++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) state.out[r][c] = 0.f;
-
+    state.reset();
+    const int2 seen = make_int2(share.first_token, context_len);
     const float scale_log2 = in.scale * LOG2_E;
     for (int i = 0; i < n_warp_pages; i++) {
         const int page_index = queue.index(i);
         const bool newest = page_index == queue.end - 1;
         u32 p[2];
-        if (FUSED && newest) insert_new_k(page, shared, (context_len - 1) % PAGE);
-        softmax_page(state, page, q, share, page_index, scale_log2, p);
+        if (FUSED && newest) insert_new_k(page, shared.k, (context_len - 1) % PAGE);
+        softmax_page(state, page, q, seen, page_index, scale_log2, p);
         size_t offset = 0;
         if (i + 1 < n_warp_pages) {
             offset = queue.offset(i + 1);
-            load_k(page, in.k_cache + offset);
+            load_k(page, GlobalRows{in.k_cache + offset});
         }
-        if (newest) insert_new_v(page, shared, (context_len - 1) % PAGE, FUSED);
+        if (newest) insert_new_v(page, FUSED ? shared.v : nullptr, (context_len - 1) % PAGE);
         accumulate_page(state, page, p);
-        if (i + 1 < n_warp_pages) load_v(page, in.v_cache + offset);
+        if (i + 1 < n_warp_pages) load_v(page, GlobalRows{in.v_cache + offset});
     }
 
-    if (n_warp_pages > 0) {
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            int head = lane_member() * 2 + c;
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) state.sum[c] += __shfl_xor_sync(FULL_WARP, state.sum[c], mask);
-            if (head >= n_heads()) continue;
-            if (lane_group() == 0) shared.max_sum[warp][head] = make_float2(state.max[c], state.sum[c]);
-#pragma unroll
-            for (int r = 0; r < V_REGS; r++)
-                *(float2*)&shared.out[warp][head][v_dim(r)] = make_float2(state.out[r][c], state.out[r][c + 2]);
-        }
-    }
+    if (n_warp_pages > 0) store_state(state, n_heads(), shared.out[warp], shared.max_sum[warp]);
     __syncthreads();
 #if CLUSTER
     combine_cluster(shared, in, share, n_warps);

@@ -1,0 +1,97 @@
+//! [`BatchAttention`]: decode attention of batches on Hopper (`kernels/decode_attention_sm90.cu`).
+
+use super::{
+    attention_work::AttentionWork,
+    buffers::HEADS_PER_TILE,
+    compile::{self, Variant},
+    device::Gpu,
+    kernel::{Kernel, Launch},
+};
+use crate::{Error, decoder::DecoderSpec};
+
+/// Threads of a block.
+const WARPS: usize = 8;
+/// Most pages of a warp's ring.
+const MAX_STAGES: usize = 4;
+/// Rows whose queries are rotated at a time.
+const ROWS: usize = 8;
+/// Fewest sequences: fewer are cut more finely by the other kernels.
+const MIN_SEQS: usize = 9;
+
+/// The kernel for one model.
+pub(super) struct BatchAttention {
+    kernel: Kernel,
+    work: AttentionWork,
+    /// Dynamic shared memory, without the lists of sequences.
+    shared_bytes: usize,
+}
+
+impl BatchAttention {
+    /// Compiles (or takes from the cache) and loads it, for batches of up to `max_seqs`; `None` if the device is not a
+    /// Hopper or the model's heads do not fit its multiprocessors.
+    pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, max_seqs: usize) -> Result<Option<Self>, Error> {
+        let work = AttentionWork::new(spec, gpu.n_sms);
+        let fits = |&stages: &usize| {
+            shared_bytes(spec, stages) + lists_bytes(max_seqs, work.n_blocks) <= gpu.max_shared as usize
+        };
+        let stages = (1..=MAX_STAGES).rev().find(fits).filter(|_| gpu.is_hopper());
+        let Some(stages) = stages else { return Ok(None) };
+        let macros = [
+            ("HEAD_DIM", spec.head_dim),
+            ("GROUP", spec.n_heads / spec.n_kv_heads),
+            ("STAGES", stages),
+            ("WARPS", WARPS),
+            ("ROWS", ROWS),
+        ];
+        let cubins = compile::compile(&[Variant::new(&compile::DECODE_ATTENTION_SM90, &macros)], &gpu.arch())?;
+        gpu.bind()?;
+        let [kernel] = Kernel::load(&cubins[0], ["decode_attention_sm90"])?;
+        kernel.allow_shared(gpu.max_shared)?;
+        Ok(Some(Self { kernel, work, shared_bytes: shared_bytes(spec, stages) }))
+    }
+
+    /// Whether it is for `n_seqs` sequences.
+    pub(super) fn takes(n_seqs: usize) -> bool {
+        n_seqs >= MIN_SEQS
+    }
+
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// For `n_seqs` sequences.
+    pub(super) fn launch(&self, n_seqs: usize) -> Launch {
+        Launch {
+            grid: [self.work.n_blocks as u32, 1, 1],
+            block: WARPS as u32 * 32,
+            shared_bytes: (self.shared_bytes + lists_bytes(n_seqs, self.work.n_blocks)) as u32,
+            dependent: true,
+        }
+    }
+}
+
+/// float32 numbers of the partial results of all blocks, and of their maxima and sums.
+pub(super) fn partial_numbers(spec: &DecoderSpec, n_blocks: usize) -> (usize, usize) {
+    let heads = heads(spec);
+    (n_blocks * 2 * heads * spec.head_dim, n_blocks * 2 * heads * 2)
+}
+
+/// Query heads of a tile.
+fn heads(spec: &DecoderSpec) -> usize {
+    (spec.n_heads / spec.n_kv_heads).min(HEADS_PER_TILE)
+}
+
+/// The kernel's ring and `State`, aligned.
+fn shared_bytes(spec: &DecoderSpec, stages: usize) -> usize {
+    let (heads, head_dim) = (heads(spec), spec.head_dim);
+    let ring = WARPS * stages * 2 * head_dim.div_ceil(64) * 16 * 128;
+    let barriers = WARPS * stages * 8;
+    let rotated = ROWS * (heads * (head_dim + 8) + 2 * head_dim) * 2;
+    let results = 2 * WARPS * (heads * (head_dim + 4) * 4 + 8 * 8);
+    1024 + ring + barriers + rotated + results + 16
+}
+
+/// The lists of units, blocks and contexts that the kernel copies.
+fn lists_bytes(n_seqs: usize, n_blocks: usize) -> usize {
+    4 * (2 * n_seqs + n_blocks + 2)
+}
