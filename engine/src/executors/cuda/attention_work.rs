@@ -14,7 +14,7 @@ const SLACK: usize = 16;
 /// What the sharing depends on beside the lengths of the contexts. A unit is one page of one tile of query heads.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct AttentionWork {
-    /// Blocks of the grid.
+    /// Blocks of the grid, at most: multiprocessors.
     pub(super) n_blocks: usize,
     /// Tiles of query heads.
     pub(super) n_tiles: usize,
@@ -39,19 +39,19 @@ impl AttentionWork {
         len.div_ceil(PAGE_SIZE) - unseen / PAGE_SIZE
     }
 
-    /// Writes the first unit of each sequence and of each block, and the ends: `unit_starts[..=n]` of `n` contexts,
-    /// `block_starts[..=n_blocks]`. A context of no tokens has no units.
-    pub(super) fn fill(self, contexts: &[i32], unit_starts: &mut [i32], block_starts: &mut [i32]) {
+    /// Writes the first unit of each sequence and of each of `n_blocks` blocks, and the ends: `unit_starts[..=n]` of `n`
+    /// contexts, `block_starts[..=n_blocks]`. A context of no tokens has no units.
+    pub(super) fn fill(self, n_blocks: usize, contexts: &[i32], unit_starts: &mut [i32], block_starts: &mut [i32]) {
         let mut n_units = 0;
         for (start, &len) in unit_starts.iter_mut().zip(contexts) {
             *start = n_units as i32;
             n_units += self.n_pages(len as usize) * self.n_tiles;
         }
         unit_starts[contexts.len()] = n_units as i32;
-        let n_used = self.n_blocks.min(n_units / MIN_UNITS).max(1);
+        let n_used = n_blocks.min(n_units / MIN_UNITS).max(1);
         let slack = n_units / n_used / SLACK;
         let starts = &unit_starts[..=contexts.len()];
-        for (block, start) in block_starts[..=self.n_blocks].iter_mut().enumerate() {
+        for (block, start) in block_starts[..=n_blocks].iter_mut().enumerate() {
             *start = match block {
                 0 => 0,
                 _ if block >= n_used => n_units as i32,
@@ -76,7 +76,7 @@ mod tests {
 
     fn shared_out(work: AttentionWork, contexts: &[i32]) -> (Vec<i32>, Vec<i32>) {
         let (mut units, mut blocks) = (vec![-1; contexts.len() + 1], vec![-1; work.n_blocks + 1]);
-        work.fill(contexts, &mut units, &mut blocks);
+        work.fill(work.n_blocks, contexts, &mut units, &mut blocks);
         (units, blocks)
     }
 

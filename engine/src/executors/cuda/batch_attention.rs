@@ -6,16 +6,17 @@ use super::{
     compile::{self, Variant},
     device::Gpu,
     kernel::{Kernel, Launch},
+    ops::Contexts,
 };
 use crate::{Error, decoder::DecoderSpec};
 
-/// Threads of a block.
+/// Warps of a block.
 const WARPS: usize = 8;
 /// Most pages of a warp's ring.
 const MAX_STAGES: usize = 4;
 /// Rows whose queries are rotated at a time.
 const ROWS: usize = 8;
-/// Fewest sequences: fewer are cut more finely by the other kernels.
+/// Fewest sequences of long contexts; short contexts and fewer sequences are cut more finely by the other kernels.
 const MIN_SEQS: usize = 9;
 
 /// The kernel for one model.
@@ -50,19 +51,19 @@ impl BatchAttention {
         Ok(Some(Self { kernel, work, shared_bytes: shared_bytes(spec, stages) }))
     }
 
-    /// Whether it is for `n_seqs` sequences.
-    pub(super) fn takes(n_seqs: usize) -> bool {
-        n_seqs >= MIN_SEQS
+    /// Whether it is for `n_seqs` sequences with such contexts.
+    pub(super) fn takes(n_seqs: usize, contexts: Contexts) -> bool {
+        contexts == Contexts::Long && n_seqs >= MIN_SEQS
     }
 
     pub(super) fn kernel(&self) -> &Kernel {
         &self.kernel
     }
 
-    /// For `n_seqs` sequences.
-    pub(super) fn launch(&self, n_seqs: usize) -> Launch {
+    /// For `n_seqs` sequences, on `n_blocks` multiprocessors.
+    pub(super) fn launch(&self, n_seqs: usize, n_blocks: usize) -> Launch {
         Launch {
-            grid: [self.work.n_blocks as u32, 1, 1],
+            grid: [n_blocks as u32, 1, 1],
             block: WARPS as u32 * 32,
             shared_bytes: (self.shared_bytes + lists_bytes(n_seqs, self.work.n_blocks)) as u32,
             dependent: true,

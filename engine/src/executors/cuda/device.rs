@@ -116,6 +116,12 @@ impl Event {
         unsafe { sys::cuEventRecord(self.0, stream) }.check("cuEventRecord")
     }
 
+    /// Makes `stream` wait for the event before it goes on.
+    pub(super) fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
+        // SAFETY: event and stream are alive.
+        unsafe { sys::cuStreamWaitEvent(stream, self.0, 0) }.check("cuStreamWaitEvent")
+    }
+
     /// Whether the stream has passed the event.
     pub(super) fn is_done(&self) -> Result<bool, Error> {
         // SAFETY: the event is alive.

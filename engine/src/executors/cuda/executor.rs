@@ -129,8 +129,7 @@ impl CudaExecutor {
     /// Enqueues the forward pass of `step`, logits of the rows to sample included.
     fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
         if let Some(bucket) = bucket {
-            let graphs = &self.setup.graphs[bucket];
-            return graphs[(Contexts::of(shape.n_blocks) as usize).min(graphs.len() - 1)].launch(&self.gpu);
+            return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
         forward.chunks(&self.gpu, shape)?;
@@ -164,7 +163,8 @@ impl Executor for CudaExecutor {
     fn launch(&mut self, step: StepInput) -> Result<(), Error> {
         self.gpu.bind()?;
         let group = self.setup.forward.spec.n_heads / self.setup.forward.spec.n_kv_heads;
-        let shape = StepShape::of(&step, group);
+        let mut shape = StepShape::of(&step, group);
+        shape.decode_blocks = self.setup.forward.decode_blocks(&self.gpu, shape);
         self.check_size(&step, shape)?;
         let wants_prompt = step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some());
         let bucket = if shape.is_decode() && !wants_prompt && shape.n_seqs > 0 {

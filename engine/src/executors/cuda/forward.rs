@@ -4,17 +4,25 @@
 //! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
 //! others are cuBLASLt's.
 
+use std::ops::Range;
+
+use cudarc::driver::sys;
+
 use super::{
     batch_attention::BatchAttention,
     buffers::{KvCache, StepBuffers},
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
-    kernel::Arg::{self, Float, Int, Long, Map, Ptr},
+    kernel::{
+        Arg::{self, Float, Int, Long, Map, Ptr},
+        Launch,
+    },
     load::{LayerWeights, Weights},
     memory::DeviceBuffer,
     ops::{Contexts, Gemv, Ops},
     product::Product,
+    side_stream::{SideStream, decode_share},
     stream_gemm::StreamGemm,
 };
 use crate::{Error, decoder::DecoderSpec};
@@ -28,6 +36,8 @@ pub(super) struct Forward {
     pub(super) stream_gemm: Option<StreamGemm>,
     /// On Hopper.
     pub(super) batch_attention: Option<BatchAttention>,
+    /// For decode attention beside prefill attention.
+    pub(super) side: SideStream,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -59,6 +69,8 @@ struct Rows {
     n_tiles: usize,
     /// Of the leading rows.
     contexts: Contexts,
+    /// Blocks of [`BatchAttention`].
+    decode_blocks: usize,
 }
 
 impl Forward {
@@ -66,7 +78,8 @@ impl Forward {
     /// captured.
     pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize, contexts: Contexts) -> Result<(), Error> {
         let tokens = self.layout.decode;
-        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts };
+        let decode_blocks = gpu.n_sms as usize;
+        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts, decode_blocks };
         self.embed(gpu, tokens, bucket)?;
         if bucket > self.ops.max_gemv_rows() {
             for layer in 0..self.spec.n_layers {
@@ -96,8 +109,9 @@ impl Forward {
     pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
         let tokens = self.layout.chunk;
         let contexts = Contexts::of(shape.n_blocks);
-        let rows = Rows { n_tokens: shape.n_tokens, n_decode: shape.n_decode, n_tiles: shape.n_tiles, contexts };
-        self.embed(gpu, tokens, shape.n_tokens)?;
+        let StepShape { n_tokens, n_decode, n_tiles, decode_blocks, .. } = shape;
+        let rows = Rows { n_tokens, n_decode, n_tiles, contexts, decode_blocks };
+        self.embed(gpu, tokens, n_tokens)?;
         (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
     }
 
@@ -212,11 +226,17 @@ impl Forward {
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
             self.decode_attention_rope(gpu, layer, rows)?;
+        } else if let Some(attention) = self.batch_attention_of(rows.n_decode, rows.contexts) {
+            let stream = self.side.fork(gpu)?;
+            self.batch_attention(attention, stream, layer, rows)?;
+            self.rope_kv(gpu, layer, tokens, rows.n_decode..n)?;
+            self.prefill_attention(gpu, layer, rows.n_tiles, gpu.n_sms as usize - rows.decode_blocks)?;
+            self.side.join(gpu)?;
         } else {
-            self.rope_kv(gpu, layer, tokens, n)?;
+            self.rope_kv(gpu, layer, tokens, 0..n)?;
             self.decode_attention(gpu, layer, rows)?;
+            self.prefill_attention(gpu, layer, rows.n_tiles, gpu.n_sms as usize)?;
         }
-        self.prefill_attention(gpu, layer, rows.n_tiles)?;
         self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
         self.product(gpu, (Product::GateUp, layer), n)?;
@@ -244,7 +264,7 @@ impl Forward {
         ];
         run(&gemvs.qkv, &qkv_args)?;
         if s.qk_norm {
-            self.rope_kv(gpu, layer, self.layout.decode, n)?;
+            self.rope_kv(gpu, layer, self.layout.decode, 0..n)?;
             self.decode_attention(gpu, layer, rows)?;
         } else {
             self.decode_attention_rope(gpu, layer, rows)?;
@@ -264,17 +284,19 @@ impl Forward {
         run(&gemvs.down, &[Ptr(b.act.ptr()), Ptr(w.down.ptr()), x, hidden, n_rows])
     }
 
-    fn rope_kv(&self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {
+    fn rope_kv(&self, gpu: &Gpu, layer: usize, tokens: TokenSections, rows: Range<usize>) -> Result<(), Error> {
+        let (first, n) = (rows.start as u64, rows.len());
+        let row_bytes = 2 * (self.spec.n_heads + 2 * self.spec.n_kv_heads) * self.spec.head_dim;
         // Before the memory plan there is no cache, and no slot to write to.
         let (k, v) = self.kv.layers.get(layer).map_or((0, 0), |(k, v)| (k.ptr(), v.ptr()));
         let w: &LayerWeights = &self.weights.layers[layer];
         let (q_norm, k_norm) = w.qk_norms();
         let args = [
-            Ptr(self.buffers.qkv.ptr()),
+            Ptr(self.buffers.qkv.ptr() + first * row_bytes as u64),
             Ptr(w.qkv_bias()),
             Ptr(self.cos_sin.ptr()),
-            Ptr(self.input(tokens.positions)),
-            Ptr(self.input(tokens.slot_mapping)),
+            Ptr(self.input(tokens.positions) + first * 4),
+            Ptr(self.input(tokens.slot_mapping) + first * 4),
             Ptr(k),
             Ptr(v),
             Int(n as i32),
@@ -289,9 +311,8 @@ impl Forward {
 
     fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
-        if let Some(attention) = self.batch_attention_of(rows.n_decode) {
-            let args = self.batch_attention_args(layer, rows.n_decode);
-            return attention.kernel().launch(gpu.cu_stream(), attention.launch(rows.n_decode), &args);
+        if let Some(attention) = self.batch_attention_of(rows.n_decode, rows.contexts) {
+            return self.batch_attention(attention, gpu.cu_stream(), layer, rows);
         }
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
         args.extend(self.cache_args(layer, rows));
@@ -299,16 +320,34 @@ impl Forward {
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
     }
 
-    /// The kernel for batches, if it is for `n_seqs` sequences: its launches do not depend on [`Contexts`].
-    pub(super) fn batch_attention_of(&self, n_seqs: usize) -> Option<&BatchAttention> {
-        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(n_seqs) && !self.spec.qk_norm)
+    /// The kernel for batches, if it is for `n_seqs` sequences with such contexts.
+    fn batch_attention_of(&self, n_seqs: usize, contexts: Contexts) -> Option<&BatchAttention> {
+        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(n_seqs, contexts) && !self.spec.qk_norm)
     }
 
-    fn batch_attention_args(&self, layer: usize, n_seqs: usize) -> [Arg; 20] {
+    /// Multiprocessors for decode attention of a step of `shape`.
+    pub(super) fn decode_blocks(&self, gpu: &Gpu, shape: StepShape) -> usize {
+        let n_sms = gpu.n_sms as usize;
+        let is_beside = shape.n_tiles > 0 && shape.n_decode > 0;
+        if !is_beside || self.batch_attention_of(shape.n_decode, Contexts::of(shape.n_blocks)).is_none() {
+            return n_sms;
+        }
+        let bytes = shape.n_decode_context * 4 * self.spec.n_kv_heads * self.spec.head_dim;
+        let flop = shape.n_chunk_pairs * 4 * self.spec.n_heads * self.spec.head_dim;
+        decode_share(n_sms, bytes as f64, flop as f64)
+    }
+
+    fn batch_attention(
+        &self,
+        attention: &BatchAttention,
+        stream: sys::CUstream,
+        layer: usize,
+        rows: Rows,
+    ) -> Result<(), Error> {
         let b = &self.buffers;
         let (k, v) = &self.kv.layers[layer];
         let (k_map, v_map) = &self.kv.maps[layer];
-        [
+        let args = [
             Map(k_map),
             Map(v_map),
             Ptr(b.qkv.ptr()),
@@ -324,12 +363,16 @@ impl Forward {
             Ptr(b.counters.ptr()),
             Ptr(self.input(self.layout.unit_starts)),
             Ptr(self.input(self.layout.block_starts)),
-            Int(n_seqs as i32),
+            Int(rows.n_decode as i32),
             Int(self.spec.n_kv_heads as i32),
             Int(self.max_blocks as i32),
             Int(self.window()),
             Float(self.scale()),
-        ]
+        ];
+        let launch = attention.launch(rows.n_decode, rows.decode_blocks);
+        // Beside prefill attention nothing of its own stream is ahead.
+        let launch = Launch { dependent: rows.n_tiles == 0, ..launch };
+        attention.kernel().launch(stream, launch, &args)
     }
 
     fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
@@ -362,7 +405,8 @@ impl Forward {
         ]
     }
 
-    fn prefill_attention(&self, gpu: &Gpu, layer: usize, n_tiles: usize) -> Result<(), Error> {
+    /// On Hopper, on `n_sms` multiprocessors.
+    fn prefill_attention(&self, gpu: &Gpu, layer: usize, n_tiles: usize, n_sms: usize) -> Result<(), Error> {
         if n_tiles == 0 {
             return Ok(());
         }
@@ -374,7 +418,7 @@ impl Forward {
         let tiles = Ptr(self.input(self.layout.tiles));
         let (scale, window) = (Float(self.scale()), Int(self.window()));
         let kernel = &self.ops.prefill_attention;
-        let launch = self.ops.prefill_attention_launch(n_tiles);
+        let launch = self.ops.prefill_attention_launch(n_tiles, n_sms);
         if let Some((k, v)) = self.kv.maps.get(layer) {
             let (n_tiles, n_kv) = (Int(n_tiles as i32), Int(self.spec.n_kv_heads as i32));
             let args = [

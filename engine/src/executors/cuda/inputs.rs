@@ -4,7 +4,7 @@
 //! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
 
 use super::{attention_work::AttentionWork, memory::PinnedBuffer};
-use crate::step::{SampleRow, StepInput};
+use crate::step::{SampleRow, StepInput, StepSeq};
 
 /// Query rows of one tile of the prefill kernel, heads packed in.
 pub(super) const TILE_ROWS: usize = 128;
@@ -125,7 +125,7 @@ fn max_tiles(max_seqs: usize, max_tokens: usize, group: usize) -> usize {
 }
 
 /// A step as the executor runs it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct StepShape {
     /// Query rows.
     pub(super) n_tokens: usize,
@@ -141,6 +141,12 @@ pub(super) struct StepShape {
     pub(super) n_blocks: usize,
     /// Query heads that share a kv head.
     pub(super) group: usize,
+    /// Tokens in the contexts of the leading sequences, together.
+    pub(super) n_decode_context: usize,
+    /// Pairs of a query and a token that it sees, in the prompt chunks.
+    pub(super) n_chunk_pairs: usize,
+    /// Blocks of decode attention, where it runs beside prefill attention; else as many as there are.
+    pub(super) decode_blocks: usize,
 }
 
 impl StepShape {
@@ -155,6 +161,9 @@ impl StepShape {
             n_samples: step.samples.len(),
             n_blocks: step.seqs.iter().map(|seq| seq.block_table.len()).max().unwrap_or(0),
             group,
+            n_decode_context: step.seqs[..n_decode].iter().map(|seq| seq.context_len as usize).sum(),
+            n_chunk_pairs: step.seqs[n_decode..].iter().map(n_pairs).sum(),
+            decode_blocks: 0,
         }
     }
 
@@ -162,6 +171,12 @@ impl StepShape {
     pub(super) fn is_decode(&self) -> bool {
         self.n_decode == self.n_seqs && self.n_samples == self.n_seqs
     }
+}
+
+/// Pairs of a query of `seq` and a token that it sees.
+fn n_pairs(seq: &StepSeq) -> usize {
+    let (queries, context) = (seq.query_len as usize, seq.context_len as usize);
+    queries * (2 * context + 1 - queries) / 2
 }
 
 /// Tiles of a prompt chunk of `query_len` rows.
@@ -188,9 +203,7 @@ impl StepInputs {
     /// Returns the bytes of the block that the step needs on the device.
     pub(super) fn pack(&mut self, layout: &Layout, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> usize {
         pack_block(self.block.as_mut_slice(), layout, step, bucket);
-        if let Some(bucket) = bucket {
-            pack_work(self.block.as_mut_slice(), layout, bucket);
-        }
+        pack_work(self.block.as_mut_slice(), layout, bucket.unwrap_or(shape.n_decode), shape.decode_blocks);
         pack_block_tables(self.block_tables.as_mut_slice(), step, shape.n_blocks);
         match bucket {
             Some(_) => layout.n_decode_words * 4,
@@ -241,11 +254,11 @@ fn pack_block(block: &mut [i32], layout: &Layout, step: &StepInput, bucket: Opti
     }
 }
 
-/// Attention's work, from the contexts packed before.
-fn pack_work(block: &mut [i32], layout: &Layout, bucket: usize) {
+/// The work of `n_blocks` blocks of decode attention, from the first `n` contexts packed before.
+fn pack_work(block: &mut [i32], layout: &Layout, n: usize, n_blocks: usize) {
     let (before, rest) = block.split_at_mut(layout.unit_starts.start);
     let (unit_starts, block_starts) = rest.split_at_mut(layout.block_starts.start - layout.unit_starts.start);
-    layout.work.fill(&layout.context_lens.of(before)[..bucket], unit_starts, block_starts);
+    layout.work.fill(n_blocks, &layout.context_lens.of(before)[..n], unit_starts, block_starts);
 }
 
 /// `SampleRow` of `sample.cu`: temperature, top_p, min_p, top_k, seed (two words), index in the output, slot.
@@ -296,7 +309,6 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::step::StepSeq;
 
     const GROUP: usize = 4;
 
@@ -379,7 +391,7 @@ mod tests {
         assert_eq!(layout.decode.slot_mapping.of(&mut block)[..5], [4, 32, 48, -1, 7]);
         assert_eq!(layout.sample_rows.of(&mut block)[..4], [0, 1, 2, 0]);
         assert_eq!(layout.sample_params.of(&mut block)[8 + 7..8 + 9], [1, 1f32.to_bits() as i32]);
-        pack_work(&mut block, &layout, 4);
+        pack_work(&mut block, &layout, 4, 5);
         assert_eq!(layout.unit_starts.of(&mut block)[..6], [0, 2, 6, 8, 8, 7]);
         assert_eq!(layout.block_starts.of(&mut block), [0, 8, 8, 8, 8, 8]);
         let mut tables = vec![-1; 16 * 2];

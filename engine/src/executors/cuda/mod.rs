@@ -32,6 +32,7 @@ mod product;
 mod sampling;
 mod selftest;
 mod setup;
+mod side_stream;
 mod status;
 mod stream_gemm;
 mod tensor_map;

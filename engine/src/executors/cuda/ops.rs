@@ -329,12 +329,12 @@ impl Ops {
         splits((n_seqs, contexts), kv_tiles(self.n_heads, self.n_kv), self.n_sms)
     }
 
-    /// For `prefill_attention`.
-    pub(super) fn prefill_attention_launch(&self, n_tiles: usize) -> Launch {
+    /// For `prefill_attention`, on Hopper on `n_sms` multiprocessors.
+    pub(super) fn prefill_attention_launch(&self, n_tiles: usize, n_sms: usize) -> Launch {
         let shared_bytes = prefill_shared(self.head_dim, self.hopper);
         let launch = match self.hopper {
             // Persistent blocks share the tiles out.
-            true => self.launch([(n_tiles * self.n_kv).min(self.n_sms) as u32, 1, 1], HOPPER_BLOCK),
+            true => self.launch([(n_tiles * self.n_kv).min(n_sms) as u32, 1, 1], HOPPER_BLOCK),
             false => self.launch([self.n_kv as u32, n_tiles as u32, 1], 128),
         };
         Launch { shared_bytes, ..launch }

@@ -150,7 +150,7 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
         Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
         Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 },
         Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
-        Batch { name: "sixteen, to 1,390 tokens", prompts: (0..16).map(|i| 40 + 90 * i).collect(), chunk: 512 },
+        Batch { name: "sixteen, to 1,390 tokens", prompts: (0..16).map(|i| 40 + 90 * i).collect(), chunk: 1024 },
     ];
     if extent == Extent::Quick {
         batches.drain(..2);
@@ -159,8 +159,8 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
     let source = DummySource::new(spec.clone(), 1, DType::BF16)?;
     let config = EngineConfig {
         max_num_seqs: Some(32),
-        max_num_batched_tokens: Some(512),
-        kv_cache_memory_bytes: Some(64 << 20),
+        max_num_batched_tokens: Some(1024),
+        kv_cache_memory_bytes: Some(128 << 20),
         ..EngineConfig::default()
     };
     let mut tuned = CudaExecutor::new(spec, &source, &config, device)?;

@@ -17,6 +17,7 @@ use super::{
     ops::{self, Contexts, Ops},
     plan::{self, MemoryInputs},
     product::Product,
+    side_stream::SideStream,
     stream_gemm::{StreamGemm, StreamKernels},
 };
 use crate::{
@@ -36,8 +37,8 @@ pub(super) struct Setup {
     pub(super) forward: Forward,
     pub(super) limits: StepLimits,
     pub(super) capacity: Capacity,
-    /// Graphs of each bucket: for each of [`Contexts`], or one for all.
-    pub(super) graphs: Vec<Vec<Graph>>,
+    /// Graphs of each bucket, for each of [`Contexts`].
+    pub(super) graphs: Vec<[Graph; 3]>,
     pub(super) buckets: Vec<usize>,
     /// The memory plan in one line.
     pub(super) description: String,
@@ -158,6 +159,7 @@ pub(super) fn run(
         gemm: Gemm::new(gpu)?,
         stream_gemm: stream_gemm.transpose()?,
         batch_attention,
+        side: SideStream::new(gpu)?,
         weights,
         buffers,
         layout,
@@ -174,7 +176,7 @@ pub(super) fn run(
     let inputs = MemoryInputs {
         total,
         used: total - free,
-        reserved: sizes.iter().map(|&bucket| graph_contexts(&forward, bucket).len() * GRAPH_BYTES).sum(),
+        reserved: sizes.len() * Contexts::ALL.len() * GRAPH_BYTES,
         page: 2 * spec.n_layers * page_bytes(spec),
         utilization: config.gpu_memory_utilization,
         kv_bytes: config.kv_cache_memory_bytes,
@@ -264,30 +266,14 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
     let slots = forward.layout.chunk.slot_mapping;
     let nowhere = vec![-1i32; limits.max_tokens];
     forward.buffers.inputs.write(gpu, slots.offset() as usize, &nowhere)?;
-    let shape = StepShape {
-        n_tokens: limits.max_tokens,
-        n_seqs: 0,
-        n_decode: 0,
-        n_tiles: 0,
-        n_samples: 0,
-        n_blocks: 0,
-        group: 1,
-    };
+    let shape = StepShape { n_tokens: limits.max_tokens, group: 1, ..StepShape::default() };
     forward.chunks(gpu, shape)?;
     forward.logits(gpu, 0, limits.max_seqs)?;
     gpu.synchronize()
 }
 
-/// The contexts that `bucket` has graphs for.
-fn graph_contexts(forward: &Forward, bucket: usize) -> &'static [Contexts] {
-    match forward.batch_attention_of(bucket) {
-        Some(_) => &[Contexts::Long],
-        None => &Contexts::ALL,
-    }
-}
-
 /// Captures a decode step of every bucket.
-fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Vec<Graph>>, Error> {
+fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Graph; 3]>, Error> {
     let started = Instant::now();
     let slots = forward.layout.decode.slot_mapping;
     let nowhere = vec![-1i32; *sizes.last().expect("at least one bucket")];
@@ -300,13 +286,13 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<Vec<
                 forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
-            let contexts = graph_contexts(forward, bucket);
-            contexts.iter().map(|&it| Graph::capture(gpu, || forward.decode(gpu, bucket, it))).collect()
+            let mut graph = |contexts| Graph::capture(gpu, || forward.decode(gpu, bucket, contexts));
+            Ok([graph(Contexts::Short)?, graph(Contexts::Medium)?, graph(Contexts::Long)?])
         })
-        .collect::<Result<Vec<Vec<_>>, Error>>()?;
+        .collect::<Result<_, Error>>()?;
     tracing::info!(
         "{} CUDA graphs captured in {:.1} s",
-        graphs.iter().map(Vec::len).sum::<usize>(),
+        sizes.len() * Contexts::ALL.len(),
         started.elapsed().as_secs_f32()
     );
     Ok(graphs)
