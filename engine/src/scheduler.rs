@@ -8,6 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use crate::{
+    executors::MixedSteps,
     kv_pool::KvPool,
     request::TokenLogprobs,
     sequence::{NewSequence, SeqId, Sequence, SequenceEnd},
@@ -26,6 +27,8 @@ pub struct SchedulerConfig {
     pub max_num_seqs: usize,
     /// Most tokens in a step.
     pub max_num_batched_tokens: usize,
+    /// Tokens of a step in which sequences decode.
+    pub mixed_steps: Option<MixedSteps>,
     /// Reuse KV pages of equal prefixes.
     pub enable_prefix_caching: bool,
 }
@@ -229,6 +232,12 @@ impl Scheduler {
                     *budget -= n_tokens;
                     planned.push((id, n_tokens));
                 }
+            }
+            if decoding
+                && !planned.is_empty()
+                && let Some(mixed) = self.config.mixed_steps
+            {
+                *budget = (*budget).min(mixed.n_tokens(planned.len()) - planned.len());
             }
         }
         preempted

@@ -16,8 +16,6 @@ const WARPS: usize = 8;
 const MAX_STAGES: usize = 4;
 /// Rows whose queries are rotated at a time.
 const ROWS: usize = 8;
-/// Fewest sequences of long contexts; short contexts and fewer sequences are cut more finely by the other kernels.
-const MIN_SEQS: usize = 9;
 
 /// The kernel for one model.
 pub(super) struct BatchAttention {
@@ -51,9 +49,9 @@ impl BatchAttention {
         Ok(Some(Self { kernel, work, shared_bytes: shared_bytes(spec, stages) }))
     }
 
-    /// Whether it is for `n_seqs` sequences with such contexts.
-    pub(super) fn takes(n_seqs: usize, contexts: Contexts) -> bool {
-        contexts == Contexts::Long && n_seqs >= MIN_SEQS
+    /// Whether it is the fastest for such contexts: short ones want more blocks beside the weights' streams.
+    pub(super) fn takes(contexts: Contexts) -> bool {
+        contexts == Contexts::Long
     }
 
     pub(super) fn kernel(&self) -> &Kernel {

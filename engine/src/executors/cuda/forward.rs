@@ -226,7 +226,7 @@ impl Forward {
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
             self.decode_attention_rope(gpu, layer, rows)?;
-        } else if let Some(attention) = self.batch_attention_of(rows.n_decode, rows.contexts) {
+        } else if let Some(attention) = self.batch_attention_of(rows.contexts).filter(|_| rows.n_decode > 0) {
             let stream = self.side.fork(gpu)?;
             self.batch_attention(attention, stream, layer, rows)?;
             self.rope_kv(gpu, layer, tokens, rows.n_decode..n)?;
@@ -311,7 +311,7 @@ impl Forward {
 
     fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
         let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
-        if let Some(attention) = self.batch_attention_of(rows.n_decode, rows.contexts) {
+        if let Some(attention) = self.batch_attention_of(rows.contexts) {
             return self.batch_attention(attention, gpu.cu_stream(), layer, rows);
         }
         let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
@@ -320,16 +320,16 @@ impl Forward {
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
     }
 
-    /// The kernel for batches, if it is for `n_seqs` sequences with such contexts.
-    fn batch_attention_of(&self, n_seqs: usize, contexts: Contexts) -> Option<&BatchAttention> {
-        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(n_seqs, contexts) && !self.spec.qk_norm)
+    /// The kernel for long contexts, if these are.
+    fn batch_attention_of(&self, contexts: Contexts) -> Option<&BatchAttention> {
+        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(contexts) && !self.spec.qk_norm)
     }
 
     /// Multiprocessors for decode attention of a step of `shape`.
     pub(super) fn decode_blocks(&self, gpu: &Gpu, shape: StepShape) -> usize {
         let n_sms = gpu.n_sms as usize;
         let is_beside = shape.n_tiles > 0 && shape.n_decode > 0;
-        if !is_beside || self.batch_attention_of(shape.n_decode, Contexts::of(shape.n_blocks)).is_none() {
+        if !is_beside || self.batch_attention_of(Contexts::of(shape.n_blocks)).is_none() {
             return n_sms;
         }
         let bytes = shape.n_decode_context * 4 * self.spec.n_kv_heads * self.spec.head_dim;

@@ -14,8 +14,8 @@ use crate::Error;
 /// bf16 FLOP that prefill attention does in a nanosecond on one multiprocessor, and bytes that decode attention reads
 /// in one, alone and with the others (docs/log.md).
 const FLOP_PER_NS: f64 = 4_400.0;
-const BYTES_PER_NS: f64 = 45.0;
-const MAX_BYTES_PER_NS: f64 = 2_900.0;
+const BYTES_PER_NS: f64 = 70.0;
+const MAX_BYTES_PER_NS: f64 = 2_950.0;
 
 /// A second stream that branches off the executor's and comes back to it.
 pub(super) struct SideStream {
@@ -68,6 +68,6 @@ mod tests {
         assert!(decode_heavy > balanced && balanced > prefill_heavy);
         assert!(prefill_heavy >= 8 && decode_heavy <= 124);
         // Memory is busy with fewer than all of them.
-        assert!(decode_share(132, 600e6, 200e9) <= 65);
+        assert!(decode_share(132, 600e6, 20e9) <= 45);
     }
 }
