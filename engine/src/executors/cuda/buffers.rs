@@ -40,7 +40,7 @@ pub(super) struct StepBuffers {
     pub(super) qkv: DeviceBuffer,
     /// bf16 `[T, n_heads * head_dim]`.
     pub(super) attn_out: DeviceBuffer,
-    /// bf16 `[T, 2 * intermediate]`.
+    /// bf16 `[T, 2 * intermediate]`; on Hopper nothing, for products there write [`Self::act`].
     pub(super) gate_up: DeviceBuffer,
     /// bf16 `[T, intermediate]`.
     pub(super) act: DeviceBuffer,
@@ -70,6 +70,7 @@ impl StepBuffers {
         let kv_tiles = spec.n_kv_heads * group.div_ceil(HEADS_PER_TILE);
         let partials = limits.max_seq_splits * kv_tiles * group.min(HEADS_PER_TILE);
         let (of_blocks, sums_of_blocks) = batch_attention::partial_numbers(spec, gpu.n_sms as usize);
+        let gate_up_rows = if gpu.is_hopper() { 1 } else { rows };
         // Zeroed: rows past the step's end are computed from what is there, and NaNs would be slow to find.
         let zeroed = |n_bytes: usize, what: &str| DeviceBuffer::zeroed(gpu, n_bytes, what);
         Ok(Self {
@@ -79,7 +80,7 @@ impl StepBuffers {
             h: zeroed(rows * spec.hidden_size * 2, "the normalised activations")?,
             qkv: zeroed(rows * (q + 2 * kv) * 2, "the q, k and v activations")?,
             attn_out: zeroed(rows * q * 2, "the attention output")?,
-            gate_up: zeroed(rows * 2 * spec.intermediate_size * 2, "the gate and up activations")?,
+            gate_up: zeroed(gate_up_rows * 2 * spec.intermediate_size * 2, "the gate and up activations")?,
             act: zeroed(rows * spec.intermediate_size * 2, "the MLP activations")?,
             parts: zeroed(StreamGemm::max_part_numbers(spec) * 4, "the parts of products")?,
             logits: zeroed(limits.logits_rows() * spec.vocab_size * 4, "the logits")?,

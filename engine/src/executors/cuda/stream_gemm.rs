@@ -16,8 +16,7 @@ use crate::{Error, decoder::DecoderSpec};
 /// Most rows of each kernel.
 const COLUMNS: [usize; 9] = [8, 16, 32, 48, 64, 96, 128, 192, 256];
 /// Most rows for which every product is faster here than in cuBLASLt on an H100 (docs/log.md); the gate and up
-/// projections, which cuBLASLt leaves to another kernel to multiply, are up to the largest of [`COLUMNS`], logits up to
-/// [`MAX_LOGITS_ROWS`].
+/// projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to [`MAX_LOGITS_ROWS`].
 const MAX_ROWS: usize = 128;
 const MAX_LOGITS_ROWS: usize = 64;
 /// Rows of weights of a tile.
@@ -63,9 +62,9 @@ impl StreamKernels {
     }
 }
 
-/// Index in [`COLUMNS`] of the kernel for `n` rows.
+/// Index in [`COLUMNS`] of the kernel for `n` rows; more than the largest are taken in tiles of it.
 fn columns_for(n: usize) -> usize {
-    COLUMNS.partition_point(|&columns| columns < n)
+    COLUMNS.partition_point(|&columns| columns < n).min(COLUMNS.len() - 1)
 }
 
 /// Dynamic shared memory of the kernel for `columns` rows.
@@ -150,7 +149,7 @@ impl StreamGemm {
     /// Whether `product` of `n` rows is one for these kernels.
     pub(super) fn takes(product: Product, n: usize) -> bool {
         n <= match product {
-            Product::GateUp => COLUMNS[COLUMNS.len() - 1],
+            Product::GateUp => usize::MAX,
             Product::Logits => MAX_LOGITS_ROWS,
             _ => MAX_ROWS,
         }
@@ -190,7 +189,7 @@ impl StreamGemm {
             _ => 1,
         };
         let launch = Launch {
-            grid: [split as u32, n_tiles.min(self.n_sms / split) as u32, 1],
+            grid: [split as u32, (n_tiles * n.div_ceil(COLUMNS[columns])).min(self.n_sms / split) as u32, 1],
             block: THREADS,
             shared_bytes: shared_bytes(COLUMNS[columns]),
             dependent: true,

@@ -92,4 +92,4 @@ __device__ __forceinline__ float block_sum(float v) {
     return total;
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }

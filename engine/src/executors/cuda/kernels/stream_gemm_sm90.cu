@@ -19,10 +19,10 @@
 //             OUTPUT 1: float32 [split, n_rows, n_out]: each block's part of the sum over K
 //             OUTPUT 2: bf16 [n_rows, n_out / 2], silu(gate) * up (GATED)
 //   n_out     rows of W; a multiple of 2, GATED of 16
-//   n_rows    rows of x that count, at most BN
+//   n_rows    rows of x that count; more than BN of them, a prompt's, with OUTPUT 2 only
 //   k_blocks  ceil(K / 64)
 //
-// Grid: (split, blocks). Each block takes tiles of 128 rows of W in turn; K is cut into `split` parts (1 unless
+// Grid: (split, blocks). Each block takes tiles of 128 rows of W and BN rows of x in turn; K is cut into `split` parts (1 unless
 // OUTPUT 1), whose sums the next RMSNorm adds to the residual stream in order: results do not depend on timing. (Adding
 // them here through distributed shared memory was slower: clusters wait for neighbouring multiprocessors to be free.)
 // Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment) + STAGES * (STAGE_BYTES + 16).
@@ -47,6 +47,7 @@ constexpr int TILE_ROWS = N_CONSUMERS * 64;
 constexpr int W_BYTES = TILE_ROWS * 128;
 constexpr int STAGE_BYTES = W_BYTES + BN * 128;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES;
+constexpr int GROUP_X = 8;  // tiles of x that blocks at work at one time share
 constexpr int BARRIER_OFFSET = STAGES * STAGE_BYTES;
 static_assert(BN % 8 == 0 && BN <= 256, "BN must be a multiple of 8 up to 256");
 static_assert(STAGES >= 2, "the ring is too small");
@@ -78,25 +79,25 @@ template <int FIRST> DEVICE void wgmma_columns(float* d, unsigned w, unsigned x)
 }
 
 // 128 rows of W from tile row `row` on.
-DEVICE void load_weights(unsigned dst, const TensorMap* map, int k, int row, unsigned bar) {
+DEVICE void load_weights(unsigned dst, const TensorMap* map, int k, int row, unsigned bar, u64 policy) {
     if constexpr (GATED)
         asm volatile(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
             "[%1, {%2, %4, %4, %3}], [%5], %6;" ::"r"(dst),
-            "l"(map), "r"(k), "r"(row / 16), "r"(0), "r"(bar), "l"(EVICT_FIRST)
+            "l"(map), "r"(k), "r"(row / 16), "r"(0), "r"(bar), "l"(policy)
             : "memory");
     else
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
             "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
-            "l"(map), "r"(k), "r"(row), "r"(bar), "l"(EVICT_FIRST)
+            "l"(map), "r"(k), "r"(row), "r"(bar), "l"(policy)
             : "memory");
 }
-DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, unsigned bar) {
+DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, int row, unsigned bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
         "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
-        "l"(map), "r"(k), "r"(0), "r"(bar), "l"(EVICT_LAST)
+        "l"(map), "r"(k), "r"(row), "r"(bar), "l"(EVICT_LAST)
         : "memory");
 }
 
@@ -104,14 +105,25 @@ DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, unsigned
 struct Share {
     int first_tile, n_tiles, tile_step;
     int first_k, n_k;  // 64-column blocks
+    int n_w, n_x;      // tiles of rows of W, of x
 
-    __device__ __forceinline__ Share(int n_out, int k_blocks) {
+    __device__ __forceinline__ Share(int n_out, int n_rows, int k_blocks) {
         const int split = gridDim.x, part = blockIdx.x;
-        n_tiles = (n_out + TILE_ROWS - 1) / TILE_ROWS;
+        n_w = (n_out + TILE_ROWS - 1) / TILE_ROWS;
+        n_x = (n_rows + BN - 1) / BN;
+        n_tiles = n_w * n_x;
         first_tile = blockIdx.y;
         tile_step = gridDim.y;
         first_k = k_blocks * part / split;
         n_k = k_blocks * (part + 1) / split - first_k;
+    }
+    // First rows of W and of x of a tile. The blocks at work at one time share a few tiles of W and GROUP_X of x, so
+    // that both are read from the L2 cache.
+    __device__ __forceinline__ void rows_of(int tile, int& w, int& x) const {
+        const int group = tile / (n_w * GROUP_X), in_group = tile - group * n_w * GROUP_X;
+        const int width = min(GROUP_X, n_x - group * GROUP_X);
+        w = in_group / width * TILE_ROWS;
+        x = (group * GROUP_X + in_group % width) * BN;
     }
 };
 
@@ -159,7 +171,7 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     const unsigned ring = ((unsigned)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
     const unsigned full = ring + BARRIER_OFFSET, empty = full + 8 * STAGES;
     const int warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const Share share(n_out, k_blocks);
+    const Share share(n_out, n_rows, k_blocks);
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
@@ -174,28 +186,33 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     if (warp == N_CONSUMERS * 4) {
         if (lane == 0) {
             int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
-            const auto weights = [&](int tile, int k) {
+            int w_row, x_row;
+            const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
+            const auto weights = [&](int k) {
                 mbarrier_expect(full + 8 * slot, STAGE_BYTES);
-                load_weights(ring + slot * STAGE_BYTES, &w_map, k * 64, tile * TILE_ROWS, full + 8 * slot);
+                load_weights(ring + slot * STAGE_BYTES, &w_map, k * 64, w_row, full + 8 * slot, policy);
             };
             const auto activations = [&](int k) {
-                load_activations(ring + slot * STAGE_BYTES + W_BYTES, &x_map, k * 64, full + 8 * slot);
+                load_activations(ring + slot * STAGE_BYTES + W_BYTES, &x_map, k * 64, x_row, full + 8 * slot);
             };
             const auto advance = [&] {
                 if (++slot == STAGES) slot = 0, phase ^= 1;
             };
             // The ring's first round: weights before the wait, activations after it.
             const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
-            for (int k = 0; k < n_first; ++k, advance()) weights(share.first_tile, share.first_k + k);
+            share.rows_of(share.first_tile, w_row, x_row);
+            for (int k = 0; k < n_first; ++k, advance()) weights(share.first_k + k);
             PDL_WAIT();
             slot = 0, phase = 1;
             for (int k = 0; k < n_first; ++k, advance()) activations(share.first_k + k);
-            for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step)
+            for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
+                share.rows_of(tile, w_row, x_row);
                 for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
                     mbarrier_wait(empty + 8 * slot, phase);
-                    weights(tile, share.first_k + k);
+                    weights(share.first_k + k);
                     activations(share.first_k + k);
                 }
+            }
         }
     } else {
         PDL_WAIT();
@@ -221,9 +238,12 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
             }
             wgmma_wait<0>();
             if (lane == 0) mbarrier_arrive(empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1));
-            const int row = tile * TILE_ROWS + warp * 16;
+            int w_row, x_row;
+            share.rows_of(tile, w_row, x_row);
+            const int row = w_row + warp * 16, width = GATED ? n_out / 2 : n_out;
             // GATED: 16 rows of W are 8 of the result.
-            store_tile(acc, out, (GATED ? row / 2 : row) + lane / 4, GATED ? n_out / 2 : n_out, n_rows);
+            void* rows = GATED ? (bf16*)out + (long long)x_row * width : out;
+            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, width, n_rows - x_row);
         }
     }
 }
