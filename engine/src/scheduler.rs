@@ -8,7 +8,6 @@
 use std::collections::{HashMap, VecDeque};
 
 use crate::{
-    executors::MixedSteps,
     kv_pool::KvPool,
     request::TokenLogprobs,
     sequence::{NewSequence, SeqId, Sequence, SequenceEnd},
@@ -27,8 +26,8 @@ pub struct SchedulerConfig {
     pub max_num_seqs: usize,
     /// Most tokens in a step.
     pub max_num_batched_tokens: usize,
-    /// Tokens of a step in which sequences decode.
-    pub mixed_steps: Option<MixedSteps>,
+    /// Most tokens in a step in which sequences decode; there is always room for a page of a prompt.
+    pub max_mixed_tokens: usize,
     /// Reuse KV pages of equal prefixes.
     pub enable_prefix_caching: bool,
 }
@@ -233,11 +232,8 @@ impl Scheduler {
                     planned.push((id, n_tokens));
                 }
             }
-            if decoding
-                && !planned.is_empty()
-                && let Some(mixed) = self.config.mixed_steps
-            {
-                *budget = (*budget).min(mixed.n_tokens(planned.len()) - planned.len());
+            if decoding && !planned.is_empty() {
+                *budget = (*budget).min(self.config.max_mixed_tokens.saturating_sub(planned.len()).max(PAGE_SIZE));
             }
         }
         preempted

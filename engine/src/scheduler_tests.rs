@@ -15,7 +15,7 @@ fn config(n_pages: usize) -> SchedulerConfig {
         n_pages,
         max_num_seqs: 4,
         max_num_batched_tokens: 32,
-        mixed_steps: None,
+        max_mixed_tokens: 32,
         enable_prefix_caching: true,
     }
 }
@@ -61,14 +61,17 @@ fn a_prompt_is_cut_to_the_budget_and_then_decoded() {
 
 #[test]
 fn prompts_beside_decoding_sequences_are_cut_shorter() {
-    let mixed = MixedSteps { per_sequence: 6, least: 8, multiple: 4 };
-    assert_eq!([1, 2, 3, 9].map(|n| mixed.n_tokens(n)), [8, 12, 16, 52]);
-    let mut scheduler = Scheduler::new(SchedulerConfig { mixed_steps: Some(mixed), ..config(16) });
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_tokens: 20, ..config(16) });
     scheduler.add(sequence(10..30, 9));
     assert_eq!(scheduler.plan().expect("work").n_tokens(), 20, "nothing decodes: the whole budget");
     scheduler.add(sequence(100..130, 9));
     let step = scheduler.plan().expect("work");
-    assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 7]);
+    assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 19]);
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_tokens: 1, ..config(16) });
+    scheduler.add(sequence(10..30, 9));
+    scheduler.plan().expect("work");
+    scheduler.add(sequence(100..130, 9));
+    assert_eq!(scheduler.plan().expect("work").n_tokens(), 1 + PAGE_SIZE, "prompts are never held up for ever");
 }
 
 #[test]

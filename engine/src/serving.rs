@@ -110,7 +110,7 @@ impl Serving {
             n_pages: capacity.n_pages,
             max_num_seqs: capacity.max_num_seqs,
             max_num_batched_tokens: capacity.max_num_batched_tokens,
-            mixed_steps: capacity.mixed_steps,
+            max_mixed_tokens: capacity.max_mixed_tokens,
             enable_prefix_caching: config.enable_prefix_caching,
         });
         let serving = Self {

@@ -31,31 +31,12 @@ pub struct Capacity {
     pub max_model_len: usize,
     /// Steps that may be launched before the first is collected.
     pub max_in_flight: usize,
-    /// How many prompt tokens go beside sequences that decode; `None` for as many as a step takes.
-    pub mixed_steps: Option<MixedSteps>,
+    /// Most query rows in a step that has both decoding sequences and prompt chunks. Such a step reads the weights once
+    /// for both, so many short chunks cost little more than a few long ones, and every decoding sequence goes on beside
+    /// each of them.
+    pub max_mixed_tokens: usize,
     /// Best tokens whose log-probabilities a row can have.
     pub max_logprobs: usize,
-}
-
-/// Sizes of the steps that have both decoding sequences and prompt chunks.
-///
-/// Such a step reads the weights once for both, so it is cheapest to let every decoding sequence go on beside a chunk
-/// that is just long enough to keep the prompts coming; and the chunk is what the next token of all those waits for.
-#[derive(Debug, Clone, Copy)]
-pub struct MixedSteps {
-    /// Tokens of a step for each decoding sequence: prompt tokens that come in per token that goes out, or more.
-    pub per_sequence: usize,
-    /// Fewest tokens of a step that keep the device busy.
-    pub least: usize,
-    /// Sizes that tile well.
-    pub multiple: usize,
-}
-
-impl MixedSteps {
-    /// Most tokens of a step in which `n_decoding` sequences decode.
-    pub fn n_tokens(self, n_decoding: usize) -> usize {
-        (n_decoding * self.per_sequence / self.multiple * self.multiple).max(self.least).max(n_decoding + self.multiple)
-    }
 }
 
 /// Runs forward steps and samples.

@@ -25,8 +25,9 @@ use crate::{
     weights::{DType, dummy::DummySource},
 };
 
-/// Greatest difference of a log-probability that bfloat16 explains in the tiny models.
-const TOLERANCE: f32 = 0.03;
+/// Greatest difference of a log-probability that bfloat16 explains in the tiny models, over some 10,000 positions of a
+/// batch.
+const TOLERANCE: f32 = 0.04;
 
 /// How much [`self_test`] runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

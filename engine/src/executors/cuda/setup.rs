@@ -21,18 +21,15 @@ use super::{
     stream_gemm::{StreamGemm, StreamKernels},
 };
 use crate::{
-    DTypeChoice, EngineConfig, Error, LoadFormat,
-    decoder::DecoderSpec,
-    executors::{Capacity, MixedSteps},
-    step::PAGE_SIZE,
+    DTypeChoice, EngineConfig, Error, LoadFormat, decoder::DecoderSpec, executors::Capacity, step::PAGE_SIZE,
     weights::WeightSource,
 };
 
 /// Most query rows of a step, unless asked otherwise.
 const DEFAULT_MAX_TOKENS: usize = 4096;
-/// An H100 takes 17 ms for 512 tokens of an 8B model, 4 % more per token than for 2,048; long documents have 32 prompt
-/// tokens per output token (docs/log.md), and prompts must come in faster than answers end.
-const MIXED_STEPS: MixedSteps = MixedSteps { per_sequence: 48, least: 512, multiple: 256 };
+/// Most query rows of a step in which sequences decode. An H100 takes 25 ms for so many of an 8B model, hardly more per
+/// token than for thousands (docs/log.md).
+const MAX_MIXED_TOKENS: usize = 768;
 /// Most sequences of a step, unless asked otherwise.
 const DEFAULT_MAX_SEQS: usize = 256;
 /// Device memory that a CUDA graph is counted for before it exists.
@@ -199,7 +196,7 @@ pub(super) fn run(
         max_num_batched_tokens: limits.max_tokens,
         max_model_len,
         max_in_flight: 2,
-        mixed_steps: Some(MIXED_STEPS),
+        max_mixed_tokens: MAX_MIXED_TOKENS,
         max_logprobs: super::sampling::MAX_TOP.min(spec.vocab_size),
     };
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
@@ -231,7 +228,7 @@ fn cos_sin(spec: &DecoderSpec, n_positions: usize) -> Vec<f32> {
 fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Error> {
     let started = Instant::now();
     let decode = (8..=limits.max_seqs.min(256)).step_by(8);
-    let chunks = (320..=1024).step_by(64).chain([1280, 1536, 1792, 2048, 4096, 8192, limits.max_tokens]);
+    let chunks = (320..=1024).step_by(64).chain([2048, 4096, 8192, limits.max_tokens]);
     let max_rows = padded_rows(limits.max_tokens);
     let sizes: std::collections::BTreeSet<_> =
         decode.clone().chain(chunks).map(padded_rows).filter(|&m| m <= max_rows).collect();

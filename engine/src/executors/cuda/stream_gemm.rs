@@ -56,15 +56,21 @@ impl StreamKernels {
         for ((n, output), cubin) in wanted.into_iter().zip(&cubins) {
             let [kernel] = Kernel::load(cubin, ["stream_gemm"])?;
             kernel.allow_shared(shared_bytes(n))?;
-            kernels[columns_for(n)][output] = Some(kernel);
+            kernels[columns_for(n, 1, 1)][output] = Some(kernel);
         }
         Ok(Some(Self { kernels }))
     }
 }
 
-/// Index in [`COLUMNS`] of the kernel for `n` rows; more than the largest are taken in tiles of it.
-fn columns_for(n: usize) -> usize {
-    COLUMNS.partition_point(|&columns| columns < n).min(COLUMNS.len() - 1)
+/// Index in [`COLUMNS`] of the kernel for `n` rows, `n_w` tiles of weights and `n_sms` blocks. More rows than the largest
+/// are taken in tiles: of the size with which the blocks end together, or else the largest.
+fn columns_for(n: usize, n_w: usize, n_sms: usize) -> usize {
+    let fits = COLUMNS.partition_point(|&columns| columns < n);
+    if fits < COLUMNS.len() {
+        return fits;
+    }
+    let time = |&i: &usize| (n_w * n.div_ceil(COLUMNS[i])).div_ceil(n_sms) * COLUMNS[i];
+    (COLUMNS.len() - 2..COLUMNS.len()).rev().min_by_key(time).expect("two sizes")
 }
 
 /// Dynamic shared memory of the kernel for `columns` rows.
@@ -169,10 +175,11 @@ impl StreamGemm {
         n: usize,
         out: u64,
     ) -> Result<usize, Error> {
-        let columns = columns_for(n);
+        let (n_out, k) = product.size(&self.spec);
+        let n_tiles = n_out.div_ceil(TILE_ROWS);
+        let columns = columns_for(n, n_tiles, self.n_sms);
         let x = &self.activations[columns];
         let w = &self.layers[layer];
-        let (n_out, k) = product.size(&self.spec);
         let (w, x, output) = match product {
             Product::Qkv => (&w.qkv, &x.h, BF16),
             Product::O => (&w.o, &x.attn_out, F32),
@@ -182,7 +189,6 @@ impl StreamGemm {
         };
         let kernel = self.kernels.kernels[columns][output].as_ref();
         let kernel = kernel.ok_or_else(|| Error::Device(format!("no kernel for {product:?} of {n} rows")))?;
-        let n_tiles = n_out.div_ceil(TILE_ROWS);
         let k_blocks = k.div_ceil(64);
         let split = match product {
             Product::O | Product::Down => split(n_tiles, k_blocks, max_split(COLUMNS[columns]), self.n_sms),
@@ -224,10 +230,10 @@ mod tests {
 
     #[test]
     fn every_batch_has_its_kernel() {
-        assert_eq!([1, 9, 16, 17, 128, 129, 256].map(|n| COLUMNS[columns_for(n)]), [8, 16, 16, 32, 128, 192, 256]);
-        for product in Product::ALL {
-            assert!((1..=300).all(|n| !StreamGemm::takes(product, n) || columns_for(n) < COLUMNS.len()));
-        }
+        let columns = |n| COLUMNS[columns_for(n, 224, 132)];
+        assert_eq!([1, 9, 16, 17, 128, 129, 256].map(columns), [8, 16, 16, 32, 128, 192, 256]);
+        // 896 tiles of 192 rows are 7 rounds of 132 blocks, 672 of 256 are 6.
+        assert_eq!([512, 768, 1024, 4096].map(columns), [256, 192, 256, 256]);
     }
 
     #[test]
