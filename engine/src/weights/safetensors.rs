@@ -122,13 +122,12 @@ impl SafetensorsFolder {
 }
 
 impl SafetensorsSource {
-    /// The weights of `spec` in `folder`.
+    /// The weights of `spec` in `files`.
     ///
     /// # Errors
-    /// [`Error::Model`] if a file is missing or broken, or a tensor is missing, of another shape or of an
-    /// unsupported type.
-    pub fn open(folder: &Path, spec: DecoderSpec, layout: Layout) -> Result<Self, Error> {
-        let source = Self { files: SafetensorsFolder::open(folder)?, spec, layout };
+    /// [`Error::Model`] if a tensor is missing, of another shape or of an unsupported type.
+    pub fn new(files: SafetensorsFolder, spec: DecoderSpec, layout: Layout) -> Result<Self, Error> {
+        let source = Self { files, spec, layout };
         source.spec.weights().try_for_each(|weight| match source.fp8(weight)? {
             Some((name, shape)) => source.scales(&name, &shape).map(drop),
             None => source.find(weight).map(drop),
@@ -337,7 +336,7 @@ mod tests {
 
     fn open(folder: &Path) -> Result<SafetensorsSource, Error> {
         let layout = Layout { tensor_name: Box::new(|weight| format!("{weight:?}")), fp8_block: (2, 2) };
-        SafetensorsSource::open(folder, spec(), layout)
+        SafetensorsSource::new(SafetensorsFolder::open(folder)?, spec(), layout)
     }
 
     fn error_of(folder: &Path) -> String {
