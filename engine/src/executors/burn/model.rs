@@ -51,8 +51,8 @@ impl GatedMlp {
 }
 
 enum Mlp {
-    Dense(GatedMlp),
-    Experts(Experts),
+    Dense(Box<GatedMlp>),
+    Experts(Box<Experts>),
 }
 
 struct Layer {
@@ -234,11 +234,11 @@ impl Loader<'_> {
             o: self.linear(&[of(OProj)], &[of(OBias)])?,
             post_attention_norm: self.row(&[of(PostAttentionNorm)])?,
             mlp: match spec.moe_of(layer) {
-                Some(moe) => Mlp::Experts(self.experts(layer, moe)?),
-                None => Mlp::Dense(GatedMlp {
+                Some(moe) => Mlp::Experts(Box::new(self.experts(layer, moe)?)),
+                None => Mlp::Dense(Box::new(GatedMlp {
                     gate_up: self.linear(&[of(GateProj), of(UpProj)], &[of(GateBias), of(UpBias)])?,
                     down: self.linear(&[of(DownProj)], &[of(DownBias)])?,
-                }),
+                })),
             },
             k_cache: cache(),
             v_cache: cache(),
