@@ -405,17 +405,15 @@ mod tests {
         let floats = tensors(Dtype::F32);
         let write = |scales: &[(String, Vec<usize>, Vec<u8>)]| {
             // Norms stay as they are.
-            let of = |((name, shape, bytes), (_, _, floats)): (&(String, Vec<usize>, Vec<u8>), &(_, _, Vec<u8>))| {
-                match shape.len() {
-                    1 => (name.clone(), Dtype::F32, shape.clone(), floats.clone()),
-                    _ => (name.clone(), Dtype::F8_E4M3, shape.clone(), bytes.clone()),
-                }
-            };
-            let scales = scales.iter().cloned().map(|(name, shape, data)| (name, Dtype::F32, shape, data));
-            let all: Vec<_> = bytes.iter().zip(&floats).map(of).chain(scales).collect();
+            let weights = bytes.iter().zip(&floats).map(|(fp8, float)| match fp8.1.len() {
+                1 => (Dtype::F32, float.clone()),
+                _ => (Dtype::F8_E4M3, fp8.clone()),
+            });
+            let scales = scales.iter().map(|scale| (Dtype::F32, scale.clone()));
+            let all: Vec<_> = weights.chain(scales).collect();
             let views = all
                 .iter()
-                .map(|(name, dtype, shape, data)| (name, Stored::new(*dtype, shape.clone(), data).expect("whole")));
+                .map(|(dtype, (name, shape, data))| (name, Stored::new(*dtype, shape.clone(), data).expect("whole")));
             let file = folder.path().join(SINGLE_FILE);
             std::fs::write(file, safetensors::serialize(views, None).expect("serializable")).expect("written");
         };
