@@ -138,6 +138,13 @@ impl CudaExecutor {
         forward.logits(&self.gpu, rows, shape.n_samples)
     }
 
+    fn shape(&self, step: &StepInput) -> StepShape {
+        let forward = &self.setup.forward;
+        let mut shape = StepShape::of(step, forward.spec.n_heads / forward.spec.n_kv_heads);
+        shape.decode_blocks = forward.decode_blocks(&self.gpu, shape);
+        shape
+    }
+
     fn check_size(&self, step: &StepInput, shape: StepShape) -> Result<(), Error> {
         let limits = self.setup.limits;
         let too_large = step.n_tokens() > limits.max_tokens
@@ -162,9 +169,7 @@ impl Executor for CudaExecutor {
 
     fn launch(&mut self, step: StepInput) -> Result<(), Error> {
         self.gpu.bind()?;
-        let group = self.setup.forward.spec.n_heads / self.setup.forward.spec.n_kv_heads;
-        let mut shape = StepShape::of(&step, group);
-        shape.decode_blocks = self.setup.forward.decode_blocks(&self.gpu, shape);
+        let shape = self.shape(&step);
         self.check_size(&step, shape)?;
         let wants_prompt = step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some());
         let bucket = if shape.is_decode() && !wants_prompt && shape.n_seqs > 0 {
@@ -191,6 +196,21 @@ impl Executor for CudaExecutor {
         };
         wait(&self.in_flight[index].done)?;
         Ok(self.sampling.finish(output, index))
+    }
+
+    fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error> {
+        self.gpu.bind()?;
+        let n = step.n_tokens() * self.setup.forward.spec.hidden_size;
+        let shape = self.shape(step);
+        self.check_size(step, shape)?;
+        let index = self.next;
+        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, step, shape, None);
+        self.upload(index, n_bytes, shape)?;
+        let forward = &mut self.setup.forward;
+        forward.chunks(&self.gpu, shape)?;
+        forward.final_norm(&self.gpu, shape.n_tokens)?;
+        let bits: Vec<u16> = forward.buffers.h.read(&self.gpu, 0, n)?;
+        Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Steps of a few decoding sequences read each weight once through GEMV kernels that do the norms and activations on the
 //! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
-//! others are cuBLASLt's.
+//! others are cuBLASLt's. Models with experts run in the second way, whatever the step.
 
 use std::ops::Range;
 
@@ -12,6 +12,7 @@ use super::{
     batch_attention::BatchAttention,
     buffers::{KvCache, StepBuffers},
     device::Gpu,
+    experts::{ExpertRows, Experts},
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
     kernel::{
@@ -38,6 +39,8 @@ pub(super) struct Forward {
     pub(super) batch_attention: Option<BatchAttention>,
     /// For decode attention beside prefill attention.
     pub(super) side: SideStream,
+    /// Of models that have them.
+    pub(super) experts: Option<Experts>,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -81,7 +84,7 @@ impl Forward {
         let decode_blocks = gpu.n_sms as usize;
         let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts, decode_blocks };
         self.embed(gpu, tokens, bucket)?;
-        if bucket > self.ops.max_gemv_rows() {
+        if !self.uses_gemv(bucket) {
             for layer in 0..self.spec.n_layers {
                 self.gemm_layer(gpu, layer, rows, tokens)?;
             }
@@ -105,6 +108,16 @@ impl Forward {
         gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
     }
 
+    /// Whether a decode step of `bucket` sequences runs through GEMV kernels.
+    pub(super) fn uses_gemv(&self, bucket: usize) -> bool {
+        self.experts.is_none() && bucket <= self.ops.max_gemv_rows()
+    }
+
+    /// Whether layers have an MLP, be it a shared expert.
+    pub(super) fn has_mlp(&self) -> bool {
+        self.spec.moe.as_ref().is_none_or(|moe| moe.shared_intermediate_size.is_some())
+    }
+
     /// Any step, without its logits.
     pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
         let tokens = self.layout.chunk;
@@ -122,6 +135,11 @@ impl Forward {
         }
         self.norm(gpu, self.weights.final_norm.ptr(), rows, n)?;
         self.product(gpu, (Product::Logits, 0), n)
+    }
+
+    /// The final norm of the first `n` rows, in [`StepBuffers::h`].
+    pub(super) fn final_norm(&mut self, gpu: &Gpu, n: usize) -> Result<(), Error> {
+        self.norm(gpu, self.weights.final_norm.ptr(), 0, n)
     }
 
     /// Whether a product is one for [`StreamGemm`].
@@ -239,8 +257,29 @@ impl Forward {
         }
         self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
-        self.product(gpu, (Product::GateUp, layer), n)?;
-        self.product(gpu, (Product::Down, layer), n)
+        if self.has_mlp() {
+            self.product(gpu, (Product::GateUp, layer), n)?;
+        }
+        self.run_experts(gpu, layer, tokens, n)?;
+        match self.has_mlp() {
+            true => self.product(gpu, (Product::Down, layer), n),
+            false => Ok(()),
+        }
+    }
+
+    /// Adds the experts' outputs for `n` rows, if the model has experts, and scales the shared expert's activations.
+    fn run_experts(&mut self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        let rows = ExpertRows {
+            h: self.buffers.h.ptr(),
+            x: self.buffers.x.ptr(),
+            slots: self.input(tokens.slot_mapping),
+            act: if self.has_mlp() { self.buffers.act.ptr() } else { 0 },
+            n,
+        };
+        match (&self.experts, &self.weights.layers[layer].experts) {
+            (Some(experts), Some(weights)) => experts.run(gpu, &mut self.gemm, weights, rows),
+            _ => Ok(()),
+        }
     }
 
     fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
