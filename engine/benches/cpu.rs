@@ -268,6 +268,7 @@ fn smollm2() -> DecoderSpec {
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
+        moe: None,
     }
 }
 

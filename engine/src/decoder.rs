@@ -1,5 +1,11 @@
 //! [`DecoderSpec`]: the one description of a decoder-only transformer that executors interpret.
 
+mod moe;
+mod rope;
+
+pub use moe::{Moe, Route};
+pub use rope::{Rope, RopeScaling, Rotary, Yarn};
+
 /// Dimensions and options of a decoder-only transformer. All of a model that is not weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderSpec {
@@ -7,7 +13,7 @@ pub struct DecoderSpec {
     pub architecture: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the gated MLP.
+    /// Width of the gated MLP of layers without experts.
     pub intermediate_size: usize,
     /// Transformer blocks.
     pub n_layers: usize,
@@ -37,77 +43,8 @@ pub struct DecoderSpec {
     pub qk_norm: bool,
     /// Tokens see only this many tokens back, themselves included.
     pub sliding_window: Option<usize>,
-}
-
-/// Rotary position embedding (Su et al. 2021).
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f32,
-    /// How frequencies are changed for long contexts.
-    pub scaling: RopeScaling,
-}
-
-/// Change of the rotary frequencies for contexts longer than those of pre-training.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// None.
-    None,
-    /// All frequencies divided by this factor.
-    Linear(f32),
-    /// Llama 3.1's scaling by wavelength.
-    Llama3 {
-        /// Divides low frequencies.
-        factor: f32,
-        /// Wavelengths above `original_max_position / low_freq_factor` are scaled in full.
-        low_freq_factor: f32,
-        /// Wavelengths below `original_max_position / high_freq_factor` are left alone.
-        high_freq_factor: f32,
-        /// Context length of pre-training.
-        original_max_position: usize,
-    },
-    /// One divisor per frequency, `[head_dim / 2]` (GGUF's `rope_freqs.weight`).
-    Factors(Vec<f32>),
-}
-
-impl Rope {
-    /// Angular frequencies, `[head_dim / 2]`, radians per position.
-    pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
-        let base = (0..head_dim / 2)
-            .map(|i| 1.0 / f64::from(self.theta).powf(2.0 * i as f64 / head_dim as f64))
-            .collect::<Vec<f64>>();
-        let scaled = match &self.scaling {
-            RopeScaling::None => base,
-            RopeScaling::Linear(factor) => base.iter().map(|f| f / f64::from(*factor)).collect(),
-            RopeScaling::Factors(factors) => base.iter().zip(factors).map(|(f, d)| f / f64::from(*d)).collect(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-                let (factor, low, high) =
-                    (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
-                let n = *original_max_position as f64;
-                base.iter()
-                    .map(|&f| {
-                        let wavelength = std::f64::consts::TAU / f;
-                        if wavelength < n / high {
-                            f
-                        } else if wavelength > n / low {
-                            f / factor
-                        } else {
-                            let smooth = (n / wavelength - low) / (high - low);
-                            (1.0 - smooth) * f / factor + smooth * f
-                        }
-                    })
-                    .collect()
-            }
-        };
-        scaled.into_iter().map(|f| f as f32).collect()
-    }
-
-    /// Cosines and sines, each `[n_positions, head_dim / 2]`, float32.
-    pub fn cos_sin(&self, head_dim: usize, n_positions: usize) -> (Vec<f32>, Vec<f32>) {
-        let inv_freq = self.inv_freq(head_dim);
-        let angles = (0..n_positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
-        angles.map(|a| (a.cos(), a.sin())).unzip()
-    }
+    /// Mixture of experts in place of the MLP, in all layers or some.
+    pub moe: Option<Moe>,
 }
 
 /// Name of a weight, independent of the file format.
@@ -121,6 +58,24 @@ pub enum Weight {
     LmHead,
     /// A weight of the layer of this index.
     Layer(usize, LayerWeight),
+    /// A weight of an expert: layer, expert.
+    Expert(usize, usize, ExpertWeight),
+}
+
+/// Name of a projection of one expert's gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ExpertWeight {
+    /// `[intermediate_size, hidden_size]` of [`Moe`].
+    Gate,
+    /// `[intermediate_size, hidden_size]` of [`Moe`].
+    Up,
+    /// `[hidden_size, intermediate_size]` of [`Moe`].
+    Down,
+}
+
+impl ExpertWeight {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
 }
 
 /// Name of a weight within a layer. Projections are `[out_features, in_features]`.
@@ -162,11 +117,21 @@ pub enum LayerWeight {
     UpBias,
     /// `[hidden_size]`.
     DownBias,
+    /// Logits of the experts, `[n_experts, hidden_size]`.
+    Router,
+    /// `[shared_intermediate_size, hidden_size]` of [`Moe`].
+    SharedGateProj,
+    /// `[shared_intermediate_size, hidden_size]` of [`Moe`].
+    SharedUpProj,
+    /// `[hidden_size, shared_intermediate_size]` of [`Moe`].
+    SharedDownProj,
+    /// Logit of the shared expert's share, `[1, hidden_size]`.
+    SharedRouter,
 }
 
 impl LayerWeight {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 23] = [
         Self::InputNorm,
         Self::QProj,
         Self::KProj,
@@ -185,6 +150,11 @@ impl LayerWeight {
         Self::GateBias,
         Self::UpBias,
         Self::DownBias,
+        Self::Router,
+        Self::SharedGateProj,
+        Self::SharedUpProj,
+        Self::SharedDownProj,
+        Self::SharedRouter,
     ];
 }
 
@@ -195,12 +165,20 @@ impl DecoderSpec {
         let (h, inter) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let when = |has: bool, shape: Vec<usize>| has.then_some(shape);
+        let moe = |layer| self.moe_of(layer);
         match weight {
             Weight::Embedding => Some(vec![self.vocab_size, h]),
             Weight::FinalNorm => Some(vec![h]),
             Weight::LmHead => when(!self.tie_embeddings, vec![self.vocab_size, h]),
-            Weight::Layer(layer, _) if layer >= self.n_layers => None,
-            Weight::Layer(_, w) => match w {
+            Weight::Layer(layer, _) | Weight::Expert(layer, ..) if layer >= self.n_layers => None,
+            Weight::Expert(layer, expert, w) => {
+                let moe = moe(layer).filter(|moe| expert < moe.n_experts)?;
+                Some(match w {
+                    ExpertWeight::Gate | ExpertWeight::Up => vec![moe.intermediate_size, h],
+                    ExpertWeight::Down => vec![h, moe.intermediate_size],
+                })
+            }
+            Weight::Layer(layer, w) => match w {
                 InputNorm | PostAttentionNorm => Some(vec![h]),
                 QProj => Some(vec![q, h]),
                 KProj | VProj => Some(vec![kv, h]),
@@ -209,18 +187,30 @@ impl DecoderSpec {
                 QNorm | KNorm => when(self.qk_norm, vec![self.head_dim]),
                 OProj => Some(vec![h, q]),
                 OBias => when(self.o_bias, vec![h]),
-                GateProj | UpProj => Some(vec![inter, h]),
-                DownProj => Some(vec![h, inter]),
-                GateBias | UpBias => when(self.mlp_bias, vec![inter]),
-                DownBias => when(self.mlp_bias, vec![h]),
+                GateProj | UpProj => when(moe(layer).is_none(), vec![inter, h]),
+                DownProj => when(moe(layer).is_none(), vec![h, inter]),
+                GateBias | UpBias => when(self.mlp_bias && moe(layer).is_none(), vec![inter]),
+                DownBias => when(self.mlp_bias && moe(layer).is_none(), vec![h]),
+                Router => Some(vec![moe(layer)?.n_experts, h]),
+                SharedGateProj | SharedUpProj => Some(vec![moe(layer)?.shared_intermediate_size?, h]),
+                SharedDownProj => Some(vec![h, moe(layer)?.shared_intermediate_size?]),
+                SharedRouter => moe(layer)?.shared_intermediate_size.map(|_| vec![1, h]),
             },
         }
     }
 
+    /// The mixture of experts of `layer`; `None` if it has a plain MLP.
+    pub fn moe_of(&self, layer: usize) -> Option<&Moe> {
+        self.moe.as_ref().filter(|moe| !moe.dense_layers.contains(&layer))
+    }
+
     /// Every weight of the model.
     pub fn weights(&self) -> impl Iterator<Item = Weight> + '_ {
-        let layers =
-            (0..self.n_layers).flat_map(|layer| LayerWeight::ALL.into_iter().map(move |w| Weight::Layer(layer, w)));
+        let layers = (0..self.n_layers).flat_map(|layer| {
+            let n_experts = self.moe_of(layer).map_or(0, |moe| moe.n_experts);
+            let experts = (0..n_experts).flat_map(move |e| ExpertWeight::ALL.map(|w| Weight::Expert(layer, e, w)));
+            LayerWeight::ALL.into_iter().map(move |w| Weight::Layer(layer, w)).chain(experts)
+        });
         [Weight::Embedding, Weight::FinalNorm, Weight::LmHead]
             .into_iter()
             .chain(layers)

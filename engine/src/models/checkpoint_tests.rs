@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::Model;
 use crate::{
     EngineConfig, LoadFormat,
-    decoder::{DecoderSpec, LayerWeight, Rope, RopeScaling, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
         comparison::{Batch, Choice, Scores, prompt_token, run},
@@ -29,7 +29,7 @@ const TOLERANCE: f32 = 1e-4;
 const TUNED_TOLERANCE: f32 = 4e-3;
 
 /// Names of a layer's tensors in transformers and in llama.cpp.
-const NAMES: [(LayerWeight, &str, &str); 14] = [
+const NAMES: [(LayerWeight, &str, &str); 19] = [
     (LayerWeight::InputNorm, "input_layernorm.weight", "attn_norm.weight"),
     (LayerWeight::QProj, "self_attn.q_proj.weight", "attn_q.weight"),
     (LayerWeight::KProj, "self_attn.k_proj.weight", "attn_k.weight"),
@@ -44,11 +44,35 @@ const NAMES: [(LayerWeight, &str, &str); 14] = [
     (LayerWeight::GateProj, "mlp.gate_proj.weight", "ffn_gate.weight"),
     (LayerWeight::UpProj, "mlp.up_proj.weight", "ffn_up.weight"),
     (LayerWeight::DownProj, "mlp.down_proj.weight", "ffn_down.weight"),
+    (LayerWeight::Router, "mlp.gate.weight", "ffn_gate_inp.weight"),
+    (LayerWeight::SharedGateProj, "mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight"),
+    (LayerWeight::SharedUpProj, "mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+    (LayerWeight::SharedDownProj, "mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight"),
+    (LayerWeight::SharedRouter, "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
+];
+
+/// Names of an expert's tensors: in transformers, in Mixtral's own, in llama.cpp's for all experts.
+const EXPERT_NAMES: [(ExpertWeight, &str, &str, &str); 3] = [
+    (ExpertWeight::Gate, "gate_proj", "w1", "ffn_gate_exps.weight"),
+    (ExpertWeight::Up, "up_proj", "w3", "ffn_up_exps.weight"),
+    (ExpertWeight::Down, "down_proj", "w2", "ffn_down_exps.weight"),
 ];
 
 /// A name in transformers and in llama.cpp.
-fn names(weight: Weight) -> (String, String) {
+fn names(weight: Weight, is_mixtral: bool) -> (String, String) {
     match weight {
+        Weight::Layer(layer, LayerWeight::Router) if is_mixtral => {
+            let (_, gguf) = names(weight, false);
+            (format!("model.layers.{layer}.block_sparse_moe.gate.weight"), gguf)
+        }
+        Weight::Expert(layer, expert, weight) => {
+            let (_, hf, mixtral, gguf) = EXPERT_NAMES.iter().find(|(w, ..)| *w == weight).expect("a name");
+            let hf = match is_mixtral {
+                true => format!("block_sparse_moe.experts.{expert}.{mixtral}.weight"),
+                false => format!("mlp.experts.{expert}.{hf}.weight"),
+            };
+            (format!("model.layers.{layer}.{hf}"), format!("blk.{layer}.{gguf}"))
+        }
         Weight::Embedding => ("model.embed_tokens.weight".into(), "token_embd.weight".into()),
         Weight::FinalNorm => ("model.norm.weight".into(), "output_norm.weight".into()),
         Weight::LmHead => ("lm_head.weight".into(), "output.weight".into()),
@@ -74,7 +98,7 @@ struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Single precision, but `formats` for these weights of every layer.
+    /// Single precision, but `formats` for these weights of every layer; an expert's are as those of a plain MLP.
     fn random(spec: DecoderSpec, formats: &[(LayerWeight, &str)]) -> Self {
         use LayerWeight::{InputNorm, KBias, KNorm, PostAttentionNorm, QBias, QNorm, VBias};
         let mut state = 1u32;
@@ -85,10 +109,14 @@ impl Checkpoint {
         let tensor = |(i, weight): (usize, Weight)| {
             let shape = spec.shape(weight).expect("a weight of the model");
             let n: usize = shape.iter().product();
-            let format = match weight {
-                Weight::Layer(_, weight) => formats.iter().find(|(w, _)| *w == weight),
+            let kind = match weight {
+                Weight::Layer(_, weight) => Some(weight),
+                Weight::Expert(.., ExpertWeight::Gate) => Some(LayerWeight::GateProj),
+                Weight::Expert(.., ExpertWeight::Up) => Some(LayerWeight::UpProj),
+                Weight::Expert(.., ExpertWeight::Down) => Some(LayerWeight::DownProj),
                 _ => None,
             };
+            let format = formats.iter().find(|(w, _)| Some(*w) == kind);
             if let Some((_, name)) = format {
                 let format = *quant::FORMATS.iter().find(|format| format.name() == *name).expect("a format");
                 let data = quant::sample::blocks(format, n / format.block_size(), i as u64);
@@ -99,7 +127,7 @@ impl Checkpoint {
                 Weight::Layer(_, QBias | KBias | VBias) => (0.0, 0.5),
                 // Errors of log-probabilities are in proportion to the logits.
                 Weight::LmHead | Weight::Embedding => (0.0, 1.0 / (shape[1] as f32).sqrt()),
-                Weight::Layer(..) => (0.0, 2.5 / (shape[1] as f32).sqrt()),
+                Weight::Layer(..) | Weight::Expert(..) => (0.0, 2.5 / (shape[1] as f32).sqrt()),
             };
             let data = (0..n).flat_map(|_| (middle + spread * noise()).to_le_bytes()).collect();
             (weight, TensorView { dtype: DType::F32, shape, data: Cow::Owned(data) })
@@ -134,7 +162,7 @@ impl Checkpoint {
         let views = self.tensors.iter().map(|(weight, tensor)| {
             let view =
                 safetensors::tensor::TensorView::new(safetensors::Dtype::F32, tensor.shape.clone(), &tensor.data);
-            (names(*weight).0, view.expect("whole"))
+            (names(*weight, spec.architecture == "MixtralForCausalLM").0, view.expect("whole"))
         });
         safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).expect("written");
         folder
@@ -155,17 +183,31 @@ impl Checkpoint {
         count("attention.key_length", spec.head_dim);
         count("attention.value_length", spec.head_dim);
         count("context_length", spec.max_position);
+        if let Some(moe) = &spec.moe {
+            count("expert_count", moe.n_experts);
+            count("expert_used_count", moe.n_experts_per_token);
+        }
         w.f32(&format!("{name}.attention.layer_norm_rms_epsilon"), spec.norm_eps);
         w.f32(&format!("{name}.rope.freq_base"), spec.rope.theta);
         w.string("tokenizer.ggml.model", "gpt2").strings("tokenizer.ggml.tokens", &["a", "b"]);
         w.strings("tokenizer.ggml.merges", &[]);
         for (weight, tensor) in &self.tensors {
-            use LayerWeight::{KBias, KProj, QBias, QProj};
-            let data = match weight {
-                Weight::Layer(_, QProj | KProj | QBias | KBias) if interleaved => self.interleave(tensor),
-                _ => tensor.data.to_vec(),
-            };
-            w.tensor(&names(*weight).1, &tensor.shape, ggml_type(tensor.dtype), data);
+            use LayerWeight::{KBias, KProj, QBias, QProj, SharedRouter};
+            let (mut shape, mut data) = (tensor.shape.clone(), tensor.data.to_vec());
+            match *weight {
+                Weight::Layer(_, QProj | KProj | QBias | KBias) if interleaved => data = self.interleave(tensor),
+                Weight::Layer(_, SharedRouter) => _ = shape.remove(0),
+                // The first stands for all.
+                Weight::Expert(layer, 0, kind) => {
+                    let moe = spec.moe_of(layer).expect("a mixture");
+                    let of = |expert: usize| &*self.tensors[&Weight::Expert(layer, expert, kind)].data;
+                    data = (0..moe.n_experts).flat_map(of).copied().collect();
+                    shape.insert(0, moe.n_experts);
+                }
+                Weight::Expert(..) => continue,
+                _ => (),
+            }
+            w.tensor(&names(*weight, false).1, &shape, ggml_type(tensor.dtype), data);
         }
         w.file()
     }
@@ -197,10 +239,16 @@ impl Checkpoint {
         let mut portable = BurnExecutor::new(spec, &*model.weights, &config, Device::flex()).expect("loads");
         let scores = run(&mut portable, &batch, spec.vocab_size, Choice::Greedy).expect("runs");
         let oracle = self.oracle(spec);
-        let difference = distance(&oracle, &batch, &scores, spec.vocab_size);
+        let difference = greatest(&distances(&oracle, &batch, &scores, spec.vocab_size));
         let mut tuned = CpuExecutor::new(spec, &*model.weights, &config).expect("loads");
         let forced = run(&mut tuned, &batch, spec.vocab_size, Choice::Forced(&scores.tokens)).expect("runs");
-        let tuned_difference = distance(&oracle, &batch, &forced, spec.vocab_size);
+        let mut tuned_differences = distances(&oracle, &batch, &forced, spec.vocab_size);
+        if spec.moe.is_some() {
+            // Of two experts that are nearly equal, half precision may choose the other.
+            tuned_differences.sort_by(f32::total_cmp);
+            tuned_differences.truncate(tuned_differences.len() * 9 / 10);
+        }
+        let tuned_difference = greatest(&tuned_differences);
         println!(
             "{}, {}: {difference:.2e} portable, {tuned_difference:.2e} tuned",
             spec.architecture, model.file_dtype
@@ -209,20 +257,27 @@ impl Checkpoint {
         assert!(tuned_difference < TUNED_TOLERANCE, "tuned: {tuned_difference}");
 
         // The comparison notices every option.
+        let moe = spec.moe.clone();
         for without in [
+            DecoderSpec {
+                moe: moe.clone().map(|moe| Moe { norm_topk_prob: !moe.norm_topk_prob, ..moe }),
+                ..spec.clone()
+            },
+            DecoderSpec { moe: moe.clone().map(|moe| Moe { n_experts_per_token: 1, ..moe }), ..spec.clone() },
+            DecoderSpec { moe: moe.map(|moe| Moe { shared_intermediate_size: None, ..moe }), ..spec.clone() },
             DecoderSpec { qk_norm: false, ..spec.clone() },
             DecoderSpec { qkv_bias: false, ..spec.clone() },
             DecoderSpec { sliding_window: None, ..spec.clone() },
         ] {
-            let difference = distance(&self.oracle(&without), &batch, &scores, spec.vocab_size);
+            let difference = greatest(&distances(&self.oracle(&without), &batch, &scores, spec.vocab_size));
             assert!(without == *spec || difference > 0.02, "{without:?}: {difference}");
         }
     }
 }
 
-/// Greatest difference of a log-probability from the oracle's.
-fn distance(oracle: &Oracle, batch: &Batch, scores: &Scores, vocab: usize) -> f32 {
-    let mut greatest = 0f32;
+/// Differences of the log-probabilities from the oracle's.
+fn distances(oracle: &Oracle, batch: &Batch, scores: &Scores, vocab: usize) -> Vec<f32> {
+    let mut differences = Vec::new();
     for (seq, &n_prompt) in batch.prompts.iter().enumerate() {
         let mut cache = oracle.cache();
         let mut token = prompt_token(seq, 0, vocab);
@@ -235,10 +290,14 @@ fn distance(oracle: &Oracle, batch: &Batch, scores: &Scores, vocab: usize) -> f3
             }
             token = entry.token_id;
             let difference = (log_probs[token as usize] - entry.logprob).abs();
-            greatest = if difference.is_finite() { greatest.max(difference) } else { f32::INFINITY };
+            differences.push(if difference.is_finite() { difference } else { f32::INFINITY });
         }
     }
-    greatest
+    differences
+}
+
+fn greatest(differences: &[f32]) -> f32 {
+    differences.iter().copied().fold(0.0, f32::max)
 }
 
 fn llama() -> DecoderSpec {
@@ -260,6 +319,7 @@ fn llama() -> DecoderSpec {
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
+        moe: None,
     }
 }
 
@@ -277,9 +337,52 @@ fn qwen3() -> DecoderSpec {
     DecoderSpec { architecture: "Qwen3ForCausalLM".into(), qk_norm: true, head_dim: 32, rope, ..llama() }
 }
 
+/// Every second layer has experts.
+fn qwen2_moe() -> DecoderSpec {
+    let moe = Moe {
+        n_experts: 7,
+        n_experts_per_token: 3,
+        intermediate_size: 48,
+        shared_intermediate_size: Some(80),
+        norm_topk_prob: false,
+        dense_layers: vec![0],
+    };
+    DecoderSpec { architecture: "Qwen2MoeForCausalLM".into(), n_layers: 2, moe: Some(moe), ..qwen2() }
+}
+
+fn qwen3_moe() -> DecoderSpec {
+    let moe = Moe {
+        n_experts: 8,
+        n_experts_per_token: 2,
+        intermediate_size: 32,
+        shared_intermediate_size: None,
+        norm_topk_prob: true,
+        dense_layers: vec![],
+    };
+    DecoderSpec { architecture: "Qwen3MoeForCausalLM".into(), moe: Some(moe), ..qwen3() }
+}
+
+fn mixtral() -> DecoderSpec {
+    let moe = Moe {
+        n_experts: 4,
+        n_experts_per_token: 2,
+        intermediate_size: llama().intermediate_size,
+        shared_intermediate_size: None,
+        norm_topk_prob: true,
+        dense_layers: vec![],
+    };
+    DecoderSpec { architecture: "MixtralForCausalLM".into(), moe: Some(moe), ..llama() }
+}
+
 /// A width that holds whole blocks of every format.
 fn wide(spec: DecoderSpec) -> DecoderSpec {
-    DecoderSpec { hidden_size: 256, intermediate_size: 512, head_dim: 64, ..spec }
+    let widen = |moe: Moe| Moe {
+        intermediate_size: 256,
+        shared_intermediate_size: moe.shared_intermediate_size.map(|_| 256),
+        ..moe
+    };
+    let moe = spec.moe.map(widen);
+    DecoderSpec { hidden_size: 256, intermediate_size: 512, head_dim: 64, moe, ..spec }
 }
 
 #[test]
@@ -296,6 +399,13 @@ fn folders_run_as_the_oracle_does() {
     check(qwen3(), json!({"head_dim": 32, "attention_bias": false}));
     let windowed = json!({"head_dim": 32, "use_sliding_window": true, "sliding_window": 9, "max_window_layers": 0});
     check(DecoderSpec { sliding_window: Some(9), ..qwen3() }, windowed);
+    let qwen2_experts = json!({"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80, "norm_topk_prob": false, "decoder_sparse_step": 2});
+    check(qwen2_moe(), qwen2_experts);
+    let qwen3_experts = json!({"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "norm_topk_prob": true});
+    check(qwen3_moe(), qwen3_experts);
+    check(mixtral(), json!({"num_local_experts": 4, "num_experts_per_tok": 2}));
 }
 
 #[test]
@@ -316,6 +426,13 @@ fn gguf_files_run_as_the_oracle_does() {
     let small_blocks = [(QProj, "Q5_0"), (KProj, "IQ4_NL"), (VProj, "Q5_1"), (OProj, "Q4_0"), (DownProj, "Q4_1")];
     check("qwen2", wide(qwen2()), &[small_blocks.as_slice(), &[(UpProj, "Q8_0"), (GateProj, "Q4_K")]].concat());
     check("qwen3", wide(qwen3()), &few_bits);
+    check("qwen2moe", qwen2_moe(), &[]);
+    check("qwen3moe", qwen3_moe(), &[]);
+    check("llama", mixtral(), &[]);
+    let of_experts = [(GateProj, "Q4_0"), (UpProj, "Q4_1"), (DownProj, "Q8_0"), (QProj, "Q8_0")];
+    check("qwen2moe", wide(qwen2_moe()), &of_experts);
+    check("qwen3moe", wide(qwen3_moe()), &few_bits);
+    check("llama", wide(mixtral()), &small_blocks);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Error,
-    decoder::{DecoderSpec, Rope, RopeScaling},
+    decoder::{DecoderSpec, Moe},
 };
 
 /// A Hugging Face config.json.
@@ -89,7 +89,15 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Model`] if it is something else.
     pub fn flag(&self, field: &str) -> Result<bool, Error> {
-        Ok(self.optional(field, "true or false", Value::as_bool)?.unwrap_or(false))
+        Ok(self.optional_flag(field)?.unwrap_or(false))
+    }
+
+    /// A truth value.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is something else.
+    pub fn optional_flag(&self, field: &str) -> Result<Option<bool>, Error> {
+        self.optional(field, "true or false", Value::as_bool)
     }
 
     /// A number.
@@ -142,6 +150,8 @@ impl HfConfig {
         }
         let hidden_size = self.required_count("hidden_size")?;
         let n_heads = self.required_count("num_attention_heads")?;
+        let max_position = self.count("max_position_embeddings")?.unwrap_or(2048);
+        let (rope, max_position) = super::rope::from_config(self, max_position)?;
         let spec = DecoderSpec {
             architecture: architecture.to_owned(),
             hidden_size,
@@ -151,15 +161,16 @@ impl HfConfig {
             n_kv_heads: self.count("num_key_value_heads")?.unwrap_or(n_heads),
             head_dim: self.count("head_dim")?.unwrap_or(hidden_size / n_heads),
             vocab_size: self.required_count("vocab_size")?,
-            max_position: self.count("max_position_embeddings")?.unwrap_or(2048),
+            max_position,
             norm_eps: self.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope: self.rope()?,
+            rope,
             tie_embeddings: self.flag("tie_word_embeddings")?,
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
             sliding_window: None,
+            moe: None,
         };
         super::model::check_dimensions(&spec).map_err(|message| self.error(message))?;
         Ok(spec)
@@ -185,42 +196,13 @@ impl HfConfig {
         }
     }
 
-    /// `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5 that hold both.
-    fn rope(&self) -> Result<Rope, Error> {
-        let parameters = self.get("rope_parameters");
-        let field = if parameters.is_some() { "rope_parameters" } else { "rope_scaling" };
-        let scaling = parameters.or_else(|| self.get("rope_scaling"));
-        let theta = match parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64) {
-            Some(theta) => theta as f32,
-            None => self.number("rope_theta")?.unwrap_or(10_000.0),
-        };
-        if !(theta.is_finite() && theta > 0.0) {
-            return Err(self.error(format!("'rope_theta' must be positive, not {theta}")));
-        }
-        let Some(scaling) = scaling else {
-            return Ok(Rope { theta, scaling: RopeScaling::None });
-        };
-        let number = |name: &str| {
-            let value = scaling.get(name).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
-            value.map(|x| x as f32).ok_or_else(|| self.error(format!("'{field}.{name}' must be a positive number")))
-        };
-        // `type` is the older spelling of `rope_type`.
-        let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
-        let scaling = match kind.map(|kind| kind.as_str().unwrap_or("not a string")) {
-            None | Some("default") => RopeScaling::None,
-            Some("linear") => RopeScaling::Linear(number("factor")?),
-            Some("llama3") => RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position: number("original_max_position_embeddings")? as usize,
-            },
-            Some(other) => {
-                return Err(self.error(format!(
-                    "'{field}' is of type '{other}', which is not supported; supported are default, linear, llama3"
-                )));
-            }
-        };
-        Ok(Rope { theta, scaling })
+    /// `spec` with the experts `moe`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if their numbers do not go together.
+    pub fn with_experts(&self, spec: DecoderSpec, moe: Moe) -> Result<DecoderSpec, Error> {
+        let spec = DecoderSpec { moe: Some(moe), ..spec };
+        super::model::check_dimensions(&spec).map_err(|message| self.error(message))?;
+        Ok(spec)
     }
 }

@@ -1,4 +1,4 @@
-//! The Llama architecture: Llama 1 to 3, SmolLM2, and in GGUF files also Mistral.
+//! The Llama architecture: Llama 1 to 3, SmolLM2, and in GGUF files also Mistral and Mixtral.
 
 use super::{Architecture, HfConfig, gguf_metadata};
 use crate::{Error, decoder::DecoderSpec, weights::gguf::Gguf};
@@ -29,6 +29,10 @@ impl Architecture for Llama {
     }
 
     fn spec_from_gguf(&self, gguf: &Gguf) -> Result<DecoderSpec, Error> {
-        gguf_metadata::llama_like_spec(gguf, "LlamaForCausalLM")
+        let mut spec = gguf_metadata::moe_spec(gguf, "LlamaForCausalLM", true)?;
+        if spec.moe.is_some() {
+            spec.architecture = "MixtralForCausalLM".into();
+        }
+        Ok(spec)
     }
 }

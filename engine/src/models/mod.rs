@@ -2,14 +2,19 @@
 
 #[cfg(test)]
 mod checkpoint_tests;
+mod experts;
 mod generation_defaults;
 mod gguf_metadata;
 mod hf_config;
 mod llama;
 mod mistral;
+mod mixtral;
 mod model;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
+mod rope;
 
 pub use generation_defaults::GenerationDefaults;
 pub use hf_config::HfConfig;
@@ -17,7 +22,7 @@ pub use model::Model;
 
 use crate::{
     Error,
-    decoder::{DecoderSpec, LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Weight},
     weights::gguf::Gguf,
 };
 
@@ -51,7 +56,15 @@ pub trait Architecture: Send + Sync {
 }
 
 /// Every architecture that Ember runs.
-pub const ARCHITECTURES: &[&dyn Architecture] = &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
+pub const ARCHITECTURES: &[&dyn Architecture] = &[
+    &llama::Llama,
+    &mistral::Mistral,
+    &mixtral::Mixtral,
+    &qwen2::Qwen2,
+    &qwen2_moe::Qwen2Moe,
+    &qwen3::Qwen3,
+    &qwen3_moe::Qwen3Moe,
+];
 
 /// The names that most decoder-only models of Hugging Face transformers use.
 fn hf_weight_name(weight: Weight) -> String {
@@ -61,6 +74,14 @@ fn hf_weight_name(weight: Weight) -> String {
         Weight::FinalNorm => return "model.norm.weight".into(),
         Weight::LmHead => return "lm_head.weight".into(),
         Weight::Layer(layer, weight) => (layer, weight),
+        Weight::Expert(layer, expert, weight) => {
+            let name = match weight {
+                ExpertWeight::Gate => "gate_proj",
+                ExpertWeight::Up => "up_proj",
+                ExpertWeight::Down => "down_proj",
+            };
+            return format!("model.layers.{layer}.mlp.experts.{expert}.{name}.weight");
+        }
     };
     let name = match weight {
         InputNorm => "input_layernorm.weight",
@@ -81,6 +102,11 @@ fn hf_weight_name(weight: Weight) -> String {
         GateBias => "mlp.gate_proj.bias",
         UpBias => "mlp.up_proj.bias",
         DownBias => "mlp.down_proj.bias",
+        Router => "mlp.gate.weight",
+        SharedGateProj => "mlp.shared_expert.gate_proj.weight",
+        SharedUpProj => "mlp.shared_expert.up_proj.weight",
+        SharedDownProj => "mlp.shared_expert.down_proj.weight",
+        SharedRouter => "mlp.shared_expert_gate.weight",
     };
     format!("model.layers.{layer}.{name}")
 }

@@ -11,7 +11,7 @@ use crate::{
     decoder::DecoderSpec,
     text::{ChatTemplate, Tokenizer},
     weights::{
-        DType, TYPICAL_WEIGHT, WeightSource,
+        DType, WeightSource,
         dummy::DummySource,
         gguf::{Gguf, GgufSource, PartName},
         safetensors::SafetensorsSource,
@@ -64,7 +64,7 @@ impl Model {
             LoadFormat::Dummy => dummy(&spec, seed)?,
             LoadFormat::Auto => {
                 let name_of = Box::new(|weight| architecture.hf_weight_name(weight));
-                stored(SafetensorsSource::open(path, spec.clone(), name_of)?)?
+                stored(SafetensorsSource::open(path, spec.clone(), name_of)?, &spec)?
             }
         };
         let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
@@ -89,7 +89,7 @@ impl Model {
         let (weights, file_dtype) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
             LoadFormat::Auto => {
-                stored(GgufSource::new(gguf.clone(), spec.clone(), architecture.gguf_interleaved_rope())?)?
+                stored(GgufSource::new(gguf.clone(), spec.clone(), architecture.gguf_interleaved_rope())?, &spec)?
             }
         };
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
@@ -104,9 +104,9 @@ fn dummy(spec: &DecoderSpec, seed: u64) -> Result<(Box<dyn WeightSource>, String
     Ok((Box::new(DummySource::new(spec.clone(), seed, DType::BF16)?), "dummy".into()))
 }
 
-/// `source` and the name of its typical element type.
-fn stored(source: impl WeightSource + 'static) -> Result<(Box<dyn WeightSource>, String), Error> {
-    let dtype = source.get(TYPICAL_WEIGHT)?.dtype.name().to_owned();
+/// The weights of `spec` in `source`, and the name of their typical element type.
+fn stored(source: impl WeightSource + 'static, spec: &DecoderSpec) -> Result<(Box<dyn WeightSource>, String), Error> {
+    let dtype = source.typical_type(spec)?;
     Ok((Box::new(source), dtype))
 }
 
@@ -186,6 +186,20 @@ pub(super) fn check_dimensions(spec: &DecoderSpec) -> Result<(), String> {
     if !spec.head_dim.is_multiple_of(2) || spec.n_heads * spec.head_dim > MAX {
         return Err(format!("{} heads of width {} are not supported", spec.n_heads, spec.head_dim));
     }
+    if let Some(moe) = &spec.moe {
+        let sizes = [
+            ("number of experts", moe.n_experts),
+            ("width of an expert", moe.intermediate_size),
+            ("width of the shared expert", moe.shared_intermediate_size.unwrap_or(1)),
+            ("number of a token's experts", moe.n_experts_per_token),
+        ];
+        if let Some((what, n)) = sizes.into_iter().find(|&(_, n)| n == 0 || n > MAX) {
+            return Err(format!("the {what} is {n}; it must be between 1 and {MAX}"));
+        }
+        if moe.n_experts_per_token > moe.n_experts {
+            return Err(format!("{} of {} experts cannot be chosen", moe.n_experts_per_token, moe.n_experts));
+        }
+    }
     if spec.max_position == 0 || !spec.norm_eps.is_finite() || spec.norm_eps < 0.0 {
         return Err(format!(
             "the context length ({}) must be positive and the norm's epsilon ({}) not negative",
@@ -201,7 +215,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        decoder::{LayerWeight, Rope, RopeScaling, Weight},
+        decoder::{LayerWeight, Rope, RopeScaling, Weight, Yarn},
         text::{ChatOptions, test_model::smollm2_path},
     };
 
@@ -255,6 +269,7 @@ mod tests {
             mlp_bias: false,
             qk_norm: false,
             sliding_window: None,
+            moe: None,
         };
         assert_eq!(model.spec, expected);
         assert_eq!(model.spec.n_parameters(), 134_515_008);
@@ -340,7 +355,26 @@ mod tests {
         assert_eq!(newer.rope, Rope { theta: 1e6, scaling });
         let linear = spec(json!({"rope_scaling": {"type": "linear", "factor": 2.0}}));
         assert_eq!(linear.rope.scaling, RopeScaling::Linear(2.0));
+        assert_eq!(linear.max_position, 1024);
         assert_eq!(spec(json!({"rope_parameters": {"rope_type": "default"}})).rope.scaling, RopeScaling::None);
+        let dynamic = spec(json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}));
+        assert_eq!((dynamic.rope.scaling, dynamic.max_position), (RopeScaling::Dynamic(4.0), 2048));
+        let yarn = |fields: Value| spec(json!({"rope_scaling": with(json!({"type": "yarn", "factor": 4.0}), fields)}));
+        let default = yarn(json!({}));
+        let paper = Yarn {
+            factor: 4.0,
+            original_max_position: 512,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.138_629_4,
+            truncate: true,
+        };
+        assert_eq!((default.rope.scaling, default.max_position), (RopeScaling::Yarn(paper.clone()), 2048));
+        let changed = yarn(json!({"original_max_position_embeddings": 100, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "truncate": false, "beta_fast": 16}));
+        let expected =
+            Yarn { original_max_position: 100, attention_factor: 1.0, truncate: false, beta_fast: 16.0, ..paper };
+        assert_eq!((changed.rope.scaling, changed.max_position), (RopeScaling::Yarn(expected), 400));
     }
 
     #[test]
@@ -351,15 +385,26 @@ mod tests {
         };
         check(
             json!({"architectures": ["BloomForCausalLM"]}),
-            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
-             Qwen3ForCausalLM",
+            "'BloomForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, \
+             Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM",
         );
         check(json!({"architectures": null}), "'architectures' must name");
         check(json!({"hidden_size": "big"}), "'hidden_size' must be a positive integer");
         check(json!({"num_hidden_layers": null}), "'num_hidden_layers' is missing");
         check(json!({"num_key_value_heads": 3}), "4 heads cannot share 3");
         check(json!({"hidden_act": "gelu"}), "'hidden_act' is 'gelu'");
-        check(json!({"rope_scaling": {"rope_type": "yarn"}}), "'rope_scaling' is of type 'yarn'");
+        check(json!({"rope_scaling": {"rope_type": "longrope"}}), "'rope_scaling' is of type 'longrope'");
+        check(
+            json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "alpha": 1}}),
+            "'rope_scaling.alpha' is not",
+        );
+        check(json!({"partial_rotary_factor": 0.5}), "'partial_rotary_factor' is 0.5");
+        let experts = json!({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 5,
+            "moe_intermediate_size": 32});
+        check(experts.clone(), "5 of 4 experts cannot be chosen");
+        check(with(experts.clone(), json!({"mlp_only_layers": 3})), "'mlp_only_layers' must be a list");
+        check(with(experts.clone(), json!({"num_experts": null})), "'num_local_experts' is missing");
+        check(with(experts, json!({"moe_intermediate_size": 0})), "'moe_intermediate_size' must be a positive integer");
         check(json!({"rope_scaling": {"rope_type": "linear"}}), "'rope_scaling.factor' must be");
         check(json!({"quantization_config": {"quant_method": "awq"}}), "quantised (awq)");
         check(json!({"eos_token_id": "x"}), "'eos_token_id' must be a token id");

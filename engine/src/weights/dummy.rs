@@ -100,6 +100,9 @@ fn weight_number(weight: Weight) -> u64 {
         Weight::FinalNorm => 2,
         Weight::LmHead => 3,
         Weight::Layer(layer, weight) => ((layer as u64 + 1) << 8) | weight as u64,
+        Weight::Expert(layer, expert, weight) => {
+            ((layer as u64 + 1) << 40) | ((expert as u64 + 1) << 8) | weight as u64
+        }
     }
 }
 
@@ -127,6 +130,7 @@ mod tests {
             mlp_bias: false,
             qk_norm: false,
             sliding_window: None,
+            moe: None,
         }
     }
 

@@ -9,7 +9,7 @@ pub use tensor::{DType, StoredTensor, TensorView};
 
 use crate::{
     Error,
-    decoder::{LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Weight},
 };
 
 /// A model's weights by format-independent name, with q and k in rotate-half order.
@@ -27,7 +27,20 @@ pub trait WeightSource: Send + Sync {
     fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
         Ok(StoredTensor::new(self.get(weight)?, None))
     }
+
+    /// Name of the element type that most weights are stored in, such as `BF16`; for logs.
+    ///
+    /// # Errors
+    /// As [`WeightSource::get`].
+    fn typical_type(&self, spec: &DecoderSpec) -> Result<String, Error> {
+        Ok(self.get(typical_weight(spec))?.dtype.name().to_owned())
+    }
 }
 
-/// The weight whose stored element type stands for the whole model's in logs.
-pub const TYPICAL_WEIGHT: Weight = Weight::Layer(0, LayerWeight::UpProj);
+/// The weight whose stored element type stands for the whole model's.
+fn typical_weight(spec: &DecoderSpec) -> Weight {
+    match spec.moe_of(0) {
+        Some(_) => Weight::Expert(0, 0, ExpertWeight::Up),
+        None => Weight::Layer(0, LayerWeight::UpProj),
+    }
+}

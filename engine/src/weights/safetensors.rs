@@ -224,6 +224,7 @@ mod tests {
             mlp_bias: false,
             qk_norm: false,
             sliding_window: None,
+            moe: None,
         }
     }
 

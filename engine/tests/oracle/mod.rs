@@ -1,7 +1,7 @@
 //! An independent decoder in float32: plain loops over dequantised weights, one token at a time, no
 //! batching, no paging, no tensor library. Slow and easy to check against the papers.
 
-use ember_engine::decoder::{DecoderSpec, LayerWeight, RopeScaling, Weight};
+use ember_engine::decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, RopeScaling, Weight};
 
 pub struct Oracle {
     spec: DecoderSpec,
@@ -23,9 +23,26 @@ struct Layer {
     qk_norms: Option<[Vec<f32>; 2]>,
     o: Vec<f32>,
     post_attention_norm: Vec<f32>,
+    mlp: Mlp,
+}
+
+enum Mlp {
+    Dense(GatedMlp),
+    Experts(Experts),
+}
+
+struct GatedMlp {
     gate: Vec<f32>,
     up: Vec<f32>,
     down: Vec<f32>,
+}
+
+struct Experts {
+    moe: Moe,
+    router: Vec<f32>,
+    experts: Vec<GatedMlp>,
+    /// The logit of its share, and the MLP.
+    shared: Option<(Vec<f32>, GatedMlp)>,
 }
 
 /// Keys and values of one sequence, per layer `[n_tokens * n_kv_heads * head_dim]`.
@@ -50,9 +67,14 @@ impl Oracle {
                 qk_norms: spec.qk_norm.then(|| [LayerWeight::QNorm, LayerWeight::KNorm].map(of)),
                 o: of(LayerWeight::OProj),
                 post_attention_norm: of(LayerWeight::PostAttentionNorm),
-                gate: of(LayerWeight::GateProj),
-                up: of(LayerWeight::UpProj),
-                down: of(LayerWeight::DownProj),
+                mlp: match spec.moe_of(i) {
+                    None => Mlp::Dense(GatedMlp {
+                        gate: of(LayerWeight::GateProj),
+                        up: of(LayerWeight::UpProj),
+                        down: of(LayerWeight::DownProj),
+                    }),
+                    Some(moe) => Mlp::Experts(Experts::new(moe, i, &read)),
+                },
             }
         };
         Self {
@@ -98,10 +120,10 @@ impl Oracle {
             add(&mut x, &multiply(&layer.o, &attended));
 
             let h = rms_norm(&x, &layer.post_attention_norm, spec.norm_eps);
-            let gate = multiply(&layer.gate, &h);
-            let up = multiply(&layer.up, &h);
-            let activated: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-            add(&mut x, &multiply(&layer.down, &activated));
+            match &layer.mlp {
+                Mlp::Dense(mlp) => add(&mut x, &mlp.forward(&h)),
+                Mlp::Experts(experts) => add(&mut x, &experts.forward(&h)),
+            }
         }
         x
     }
@@ -146,6 +168,56 @@ impl Oracle {
         }
         out
     }
+}
+
+impl GatedMlp {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let (gate, up) = (multiply(&self.gate, x), multiply(&self.up, x));
+        let activated: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g * sigmoid(*g) * u).collect();
+        multiply(&self.down, &activated)
+    }
+}
+
+impl Experts {
+    fn new(moe: &Moe, layer: usize, read: impl Fn(Weight) -> Vec<f32>) -> Self {
+        let of = |w: LayerWeight| read(Weight::Layer(layer, w));
+        let expert = |expert: usize| {
+            let [gate, up, down] = ExpertWeight::ALL.map(|w| read(Weight::Expert(layer, expert, w)));
+            GatedMlp { gate, up, down }
+        };
+        let shared = moe.shared_intermediate_size.map(|_| {
+            let mlp = GatedMlp {
+                gate: of(LayerWeight::SharedGateProj),
+                up: of(LayerWeight::SharedUpProj),
+                down: of(LayerWeight::SharedDownProj),
+            };
+            (of(LayerWeight::SharedRouter), mlp)
+        });
+        let experts = (0..moe.n_experts).map(expert).collect();
+        Self { moe: moe.clone(), router: of(LayerWeight::Router), experts, shared }
+    }
+
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let logits = multiply(&self.router, x);
+        let total: f32 = logits.iter().map(|logit| logit.exp()).sum();
+        let mut chosen: Vec<(usize, f32)> = logits.iter().map(|logit| logit.exp() / total).enumerate().collect();
+        chosen.sort_by(|a, b| b.1.total_cmp(&a.1));
+        chosen.truncate(self.moe.n_experts_per_token);
+        let sum: f32 = if self.moe.norm_topk_prob { chosen.iter().map(|(_, weight)| weight).sum() } else { 1.0 };
+        let mut out = vec![0.0; x.len()];
+        let mut add_scaled = |weight: f32, y: &[f32]| out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
+        for (expert, weight) in chosen {
+            add_scaled(weight / sum, &self.experts[expert].forward(x));
+        }
+        if let Some((router, mlp)) = &self.shared {
+            add_scaled(sigmoid(dot(router, x)), &mlp.forward(x));
+        }
+        out
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 /// `y = W x`, with `W` of `x.len()` columns.

@@ -2,6 +2,7 @@
 //! the oracle for the tuned executors.
 
 mod attention;
+mod experts;
 mod model;
 
 use ::burn::tensor::{Device, Int, Tensor, TensorData};
@@ -60,7 +61,7 @@ impl BurnExecutor {
 
     fn forward(&mut self, step: &StepInput) -> Result<StepOutput, Error> {
         let plan = AttentionPlan::new(self.model.spec(), step, &self.device);
-        let hidden = self.model.forward(step, &plan);
+        let hidden = self.model.forward(step, &plan)?;
 
         let rows: Vec<usize> = step.samples.iter().map(|sample| step.sample_row(sample)).collect();
         let tokens = if rows.is_empty() {
@@ -98,13 +99,14 @@ impl BurnExecutor {
     /// Logits of some rows of `hidden`, `[n_tokens, hidden_size]`: `[rows.len() * vocab_size]`.
     fn logits(&self, hidden: Tensor<2>, rows: Vec<usize>) -> Result<Vec<f32>, Error> {
         let rows = int_tensor(rows.into_iter().map(|r| r as i64).collect(), &self.device);
-        let logits = self.model.logits(hidden.select(0, rows));
-        logits
-            .try_into_data()
-            .map_err(|e| Error::Device(e.to_string()))?
-            .try_into_vec::<f32>()
-            .map_err(|e| Error::Device(format!("logits are not float32: {e:?}")))
+        to_host(self.model.logits(hidden.select(0, rows)))
     }
+}
+
+/// The elements of `tensor`.
+fn to_host(tensor: Tensor<2>) -> Result<Vec<f32>, Error> {
+    let data = tensor.try_into_data().map_err(|e| Error::Device(e.to_string()))?;
+    data.try_into_vec().map_err(|e| Error::Device(format!("a result is not float32: {e:?}")))
 }
 
 impl Executor for BurnExecutor {

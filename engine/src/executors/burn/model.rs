@@ -4,17 +4,17 @@ use std::ops::Range;
 
 use ::burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, activation::silu};
 
-use super::{attention::AttentionPlan, int_tensor};
+use super::{attention::AttentionPlan, experts::Experts, int_tensor};
 use crate::{
     Error,
-    decoder::{DecoderSpec, LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Weight},
     executors::Capacity,
     step::{PAGE_SIZE, StepInput},
     weights::WeightSource,
 };
 
 /// `y = x W^T + b`.
-struct Linear {
+pub(super) struct Linear {
     /// `[out_features, in_features]`.
     weight: Tensor<2>,
     /// `[1, out_features]`.
@@ -23,13 +23,36 @@ struct Linear {
 
 impl Linear {
     // x: [n_tokens, in_features] -> [n_tokens, out_features]
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let y = x.matmul(self.weight.clone().transpose());
         match &self.bias {
             Some(bias) => y + bias.clone(),
             None => y,
         }
     }
+}
+
+/// `down(silu(gate(x)) * up(x))`.
+pub(super) struct GatedMlp {
+    /// Gate rows, then up rows.
+    pub(super) gate_up: Linear,
+    pub(super) down: Linear,
+}
+
+impl GatedMlp {
+    // h: [n_tokens, hidden_size] -> [n_tokens, hidden_size]
+    pub(super) fn forward(&self, h: Tensor<2>) -> Tensor<2> {
+        let gate_up = self.gate_up.forward(h);
+        let [n_tokens, width] = gate_up.dims();
+        let gate = gate_up.clone().slice([0..n_tokens, 0..width / 2]);
+        let up = gate_up.slice([0..n_tokens, width / 2..width]);
+        self.down.forward(silu(gate) * up)
+    }
+}
+
+enum Mlp {
+    Dense(Box<GatedMlp>),
+    Experts(Box<Experts>),
 }
 
 struct Layer {
@@ -40,9 +63,7 @@ struct Layer {
     qk_norm: Option<(Tensor<3>, Tensor<3>)>,
     o: Linear,
     post_attention_norm: Tensor<2>,
-    /// Gate rows, then up rows.
-    gate_up: Linear,
-    down: Linear,
+    mlp: Mlp,
     /// `[n_pages * PAGE_SIZE, n_kv_heads * head_dim]`.
     k_cache: Tensor<2>,
     v_cache: Tensor<2>,
@@ -91,7 +112,7 @@ impl BurnModel {
     }
 
     /// Hidden states before the final norm, `[n_tokens, hidden_size]`.
-    pub(super) fn forward(&mut self, step: &StepInput, plan: &AttentionPlan) -> Tensor<2> {
+    pub(super) fn forward(&mut self, step: &StepInput, plan: &AttentionPlan) -> Result<Tensor<2>, Error> {
         let ints = |values: &mut dyn Iterator<Item = i64>| int_tensor(values.collect(), &self.device);
         // This executor runs one step at a time, so every token is known.
         let token_ids = ints(&mut step.token_ids.iter().map(|&t| i64::from(t)));
@@ -108,14 +129,22 @@ impl BurnModel {
             let h = rms_norm(x.clone(), &layer.input_norm, eps);
             x = x + layer.attention(h, (&rotation, &slots), &self.spec, plan);
             let h = rms_norm(x.clone(), &layer.post_attention_norm, eps);
-            x = x + layer.mlp(h, self.spec.intermediate_size);
+            x = x + match &layer.mlp {
+                Mlp::Dense(mlp) => mlp.forward(h),
+                Mlp::Experts(experts) => experts.forward(h)?,
+            };
         }
-        x
+        Ok(x)
+    }
+
+    /// The final norm of `hidden`, `[n_rows, hidden_size]`.
+    pub(super) fn norm(&self, hidden: Tensor<2>) -> Tensor<2> {
+        rms_norm(hidden, &self.final_norm, self.spec.norm_eps)
     }
 
     /// `hidden`: `[n_rows, hidden_size]`; result: `[n_rows, vocab_size]`.
     pub(super) fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let h = rms_norm(hidden, &self.final_norm, self.spec.norm_eps);
+        let h = self.norm(hidden);
         match &self.lm_head {
             Some(head) => head.forward(h),
             None => h.matmul(self.embedding.clone().transpose()),
@@ -150,15 +179,6 @@ impl Layer {
         self.k_cache.inplace(|c| c.select_assign(0, slots.clone(), k, IndexingUpdateOp::Assign));
         self.v_cache.inplace(|c| c.select_assign(0, slots.clone(), v, IndexingUpdateOp::Assign));
         self.o.forward(plan.attend(q, &self.k_cache, &self.v_cache))
-    }
-
-    // h: [n_tokens, hidden_size] -> [n_tokens, hidden_size]
-    fn mlp(&self, h: Tensor<2>, intermediate_size: usize) -> Tensor<2> {
-        let [n_tokens, _] = h.dims();
-        let gate_up = self.gate_up.forward(h);
-        let gate = gate_up.clone().slice([0..n_tokens, 0..intermediate_size]);
-        let up = gate_up.slice([0..n_tokens, intermediate_size..2 * intermediate_size]);
-        self.down.forward(silu(gate) * up)
     }
 }
 
@@ -213,10 +233,39 @@ impl Loader<'_> {
             qk_norm: if spec.qk_norm { Some((head_norm(QNorm)?, head_norm(KNorm)?)) } else { None },
             o: self.linear(&[of(OProj)], &[of(OBias)])?,
             post_attention_norm: self.row(&[of(PostAttentionNorm)])?,
-            gate_up: self.linear(&[of(GateProj), of(UpProj)], &[of(GateBias), of(UpBias)])?,
-            down: self.linear(&[of(DownProj)], &[of(DownBias)])?,
+            mlp: match spec.moe_of(layer) {
+                Some(moe) => Mlp::Experts(Box::new(self.experts(layer, moe)?)),
+                None => Mlp::Dense(Box::new(GatedMlp {
+                    gate_up: self.linear(&[of(GateProj), of(UpProj)], &[of(GateBias), of(UpBias)])?,
+                    down: self.linear(&[of(DownProj)], &[of(DownBias)])?,
+                })),
+            },
             k_cache: cache(),
             v_cache: cache(),
+        })
+    }
+
+    fn experts(&self, layer: usize, moe: &Moe) -> Result<Experts, Error> {
+        use LayerWeight::{Router, SharedDownProj, SharedGateProj, SharedRouter, SharedUpProj};
+        let of = |w: LayerWeight| Weight::Layer(layer, w);
+        let mlp = |gate: Weight, up: Weight, down: Weight| -> Result<GatedMlp, Error> {
+            Ok(GatedMlp { gate_up: self.linear(&[gate, up], &[])?, down: self.linear(&[down], &[])? })
+        };
+        let expert = |expert: usize| {
+            let [gate, up, down] = ExpertWeight::ALL.map(|w| Weight::Expert(layer, expert, w));
+            mlp(gate, up, down)
+        };
+        Ok(Experts {
+            router: self.linear(&[of(Router)], &[])?,
+            experts: (0..moe.n_experts).map(expert).collect::<Result<_, _>>()?,
+            shared: match moe.shared_intermediate_size {
+                Some(_) => Some((
+                    self.linear(&[of(SharedRouter)], &[])?,
+                    mlp(of(SharedGateProj), of(SharedUpProj), of(SharedDownProj))?,
+                )),
+                None => None,
+            },
+            moe: moe.clone(),
         })
     }
 

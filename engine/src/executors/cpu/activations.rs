@@ -1,5 +1,7 @@
 //! [`Activations`]: the input rows of a product, as float32 and as 16-bit integers.
 
+use std::ops::Range;
+
 use super::{
     disjoint::Disjoint,
     kernels::{ActivationBlock, Kernels, MAX_WIDTH, QuantizedRows},
@@ -7,10 +9,11 @@ use super::{
 };
 use crate::quant::GROUP;
 
-/// Input rows of a [`super::linear::Linear`].
+/// Input rows of a [`super::linear::Linear`], or of several of them: each multiplies a segment.
 pub struct Activations {
     n_cols: usize,
-    n_rows: usize,
+    /// Ranges of rows, one after the other.
+    segments: Vec<Range<usize>>,
     /// `[n_rows, n_cols]`.
     rows: Vec<f32>,
     /// Block after block as in [`ActivationBlock`]; empty if no matrix wants integers.
@@ -26,7 +29,7 @@ impl Activations {
         let n = if quantized { max_rows * n_cols } else { 0 };
         Self {
             n_cols,
-            n_rows: 0,
+            segments: Vec::new(),
             rows: vec![0.0; max_rows * n_cols],
             codes: vec![0; n],
             scales: vec![0.0; n / GROUP],
@@ -35,12 +38,7 @@ impl Activations {
         }
     }
 
-    /// Rows.
-    pub fn n_rows(&self) -> usize {
-        self.n_rows
-    }
-
-    /// Sets the rows: `fill` writes row `m` of `n_rows`, on any thread.
+    /// Sets the rows, all of one segment: `fill` writes row `m` of `n_rows`, on any thread.
     pub fn fill(
         &mut self,
         pool: &mut Pool,
@@ -48,7 +46,24 @@ impl Activations {
         n_rows: usize,
         fill: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) {
-        self.n_rows = n_rows;
+        self.fill_segments(pool, kernels, [n_rows], fill);
+    }
+
+    /// Sets the rows of segments of these lengths, none of them 0: `fill` writes row `m` of all, on any thread.
+    pub fn fill_segments(
+        &mut self,
+        pool: &mut Pool,
+        kernels: &Kernels,
+        lengths: impl IntoIterator<Item = usize>,
+        fill: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) {
+        let mut n_rows = 0;
+        self.segments.clear();
+        self.segments.extend(lengths.into_iter().map(|n| {
+            n_rows += n;
+            n_rows - n..n_rows
+        }));
+        let segments = &self.segments;
         let n_cols = self.n_cols;
         let n_groups = n_cols / GROUP;
         let per_task = n_rows.div_ceil(4 * pool.n_threads());
@@ -62,7 +77,9 @@ impl Activations {
                 let row = unsafe { rows.range(m * n_cols..(m + 1) * n_cols) };
                 fill(m, row);
                 if quantized {
-                    let (first, width) = block_of(n_rows, m);
+                    let segment = &segments[segments.partition_point(|segment| segment.end <= m)];
+                    let (first, width) = block_of(segment.len(), m - segment.start);
+                    let first = segment.start + first;
                     let block = QuantizedRows {
                         codes: codes.ptr_at(first * n_cols),
                         scales: scales.ptr_at(first * n_groups),
@@ -75,28 +92,54 @@ impl Activations {
         });
     }
 
+    /// The rows of segment `index`.
+    pub fn segment(&self, index: usize) -> Rows<'_> {
+        Rows { all: self, range: self.segments[index].clone() }
+    }
+}
+
+/// The rows of a segment.
+#[derive(Clone)]
+pub struct Rows<'a> {
+    all: &'a Activations,
+    range: Range<usize>,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Where they lie among the rows of all segments.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
     /// Rows `first..first + n` as float32, `[n, n_cols]`.
-    pub fn floats(&self, first: usize, n: usize) -> &[f32] {
-        &self.rows[first * self.n_cols..(first + n) * self.n_cols]
+    pub fn floats(&self, first: usize, n: usize) -> &'a [f32] {
+        let start = (self.range.start + first) * self.all.n_cols;
+        &self.all.rows[start..start + n * self.all.n_cols]
     }
 
     /// The rows as integers: first row of each block, and the block.
-    pub fn blocks(&self) -> impl Iterator<Item = (usize, ActivationBlock<'_>)> {
-        debug_assert!(self.quantized);
-        let n_groups = self.n_cols / GROUP;
-        let mut first = 0;
+    pub fn blocks(&self) -> impl Iterator<Item = (usize, ActivationBlock<'a>)> {
+        let (all, n_rows, origin) = (self.all, self.n_rows(), self.range.start);
+        debug_assert!(all.quantized);
+        let n_groups = all.n_cols / GROUP;
+        let mut next = 0;
         std::iter::from_fn(move || {
-            if first == self.n_rows {
+            if next == n_rows {
                 return None;
             }
-            let (start, width) = block_of(self.n_rows, first);
-            first = start + width;
-            let (columns, groups) = (start * self.n_cols..first * self.n_cols, start * n_groups..first * n_groups);
+            let (start, width) = block_of(n_rows, next);
+            next = start + width;
+            let of = |per_row: usize| (origin + start) * per_row..(origin + next) * per_row;
             let block = ActivationBlock {
                 width,
-                codes: &self.codes[columns],
-                scales: &self.scales[groups.clone()],
-                sums: &self.sums[groups],
+                codes: &all.codes[of(all.n_cols)],
+                scales: &all.scales[of(n_groups)],
+                sums: &all.sums[of(n_groups)],
             };
             Some((start, block))
         })

@@ -3,7 +3,7 @@
 use std::{cell::RefCell, ops::Range};
 
 use super::{
-    activations::Activations,
+    activations::{Activations, Rows},
     arena::Arena,
     disjoint::Disjoint,
     kernels::{ActivationBlock, DOT_ROWS, DOT_WIDTH, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Output},
@@ -120,27 +120,52 @@ impl Linear {
         self.parts.iter().map(of).sum()
     }
 
-    /// Multiplies: `out`, `[x.n_rows(), self.n_rows()]`, is set, or added to with `accumulate`.
+    /// Multiplies the rows of `x`, which are of one segment: `out`, `[n_rows of x, self.n_rows()]`, is set, or added to
+    /// with `accumulate`.
     pub fn run(&self, pool: &mut Pool, kernels: &Kernels, x: &Activations, (out, accumulate): (&mut [f32], bool)) {
+        let x = x.segment(0);
         let out = Disjoint::new(&mut out[..x.n_rows() * self.n_rows]);
-        pool.run(self.tasks.len(), &|i| {
-            let task = &self.tasks[i];
-            let part = &self.parts[task.part];
-            let target = Target { out: &out, stride: self.n_rows, first_column: part.first_row, accumulate };
-            let rows = match &part.matrix {
-                Matrix::Packed(packed) => run_packed(packed, kernels, x, &target, task.groups.clone()),
-                Matrix::Stored(stored) => run_stored(stored, kernels, x, &target, task.groups.clone()),
-            };
-            if let Some(bias) = &self.bias {
-                let columns = part.first_row + rows.start..part.first_row + rows.end;
-                for m in 0..x.n_rows() {
-                    let first = m * self.n_rows;
-                    // SAFETY: these columns of the result belong to this task.
-                    let out = unsafe { out.range(first + columns.start..first + columns.end) };
-                    out.iter_mut().zip(&bias[columns.clone()]).for_each(|(out, bias)| *out += bias);
-                }
-            }
+        pool.run(self.tasks.len(), &|i| self.run_task(i, kernels, &x, (&out, accumulate)));
+    }
+
+    /// Multiplies each segment of `x` with the product of the same place in `products`, all with as many rows: `out`,
+    /// `[n_rows of all segments, n_rows()]`, is set. One job for all.
+    pub fn run_grouped(products: &[&Self], pool: &mut Pool, kernels: &Kernels, x: &Activations, out: &mut [f32]) {
+        let out = Disjoint::new(out);
+        // First task of each product.
+        let mut n_tasks = 0;
+        let starts: Vec<usize> = products
+            .iter()
+            .map(|product| {
+                n_tasks += product.tasks.len();
+                n_tasks - product.tasks.len()
+            })
+            .collect();
+        pool.run(n_tasks, &|i| {
+            let product = starts.partition_point(|&start| start <= i) - 1;
+            products[product].run_task(i - starts[product], kernels, &x.segment(product), (&out, false));
         });
+    }
+
+    /// Runs task `i` for the rows `x`. Row `m` of all segments has its results in row `m` of `out`.
+    fn run_task(&self, i: usize, kernels: &Kernels, x: &Rows<'_>, (out, accumulate): (&Disjoint<'_, f32>, bool)) {
+        let task = &self.tasks[i];
+        let part = &self.parts[task.part];
+        let origin = x.range().start * self.n_rows + part.first_row;
+        let target = Target { out, stride: self.n_rows, origin, accumulate };
+        let rows = match &part.matrix {
+            Matrix::Packed(packed) => run_packed(packed, kernels, x, &target, task.groups.clone()),
+            Matrix::Stored(stored) => run_stored(stored, kernels, x, &target, task.groups.clone()),
+        };
+        if let Some(bias) = &self.bias {
+            let bias = &bias[part.first_row + rows.start..part.first_row + rows.end];
+            for m in 0..x.n_rows() {
+                let first = origin + m * self.n_rows;
+                // SAFETY: these columns of the result belong to this task.
+                let out = unsafe { out.range(first + rows.start..first + rows.end) };
+                out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+            }
+        }
     }
 }
 
@@ -148,14 +173,15 @@ impl Linear {
 struct Target<'a> {
     out: &'a Disjoint<'a, f32>,
     stride: usize,
-    first_column: usize,
+    /// Element of the first row and column.
+    origin: usize,
     accumulate: bool,
 }
 
 impl Target<'_> {
     /// From row `m`, column `column` of the part on.
     fn at(&self, m: usize, column: usize) -> Output {
-        let ptr = self.out.ptr_at(m * self.stride + self.first_column + column);
+        let ptr = self.out.ptr_at(self.origin + m * self.stride + column);
         Output { ptr, stride: self.stride, accumulate: self.accumulate }
     }
 }
@@ -164,7 +190,7 @@ impl Target<'_> {
 fn run_packed(
     packed: &PackedMatrix,
     kernels: &Kernels,
-    x: &Activations,
+    x: &Rows<'_>,
     target: &Target<'_>,
     groups: Range<usize>,
 ) -> Range<usize> {
@@ -204,7 +230,7 @@ fn run_packed(
 /// Calls `kernel` for each block of activations and each of `groups`, with the place for eight columns of results.
 fn multiply(
     n_rows: usize,
-    x: &Activations,
+    x: &Rows<'_>,
     target: &Target<'_>,
     groups: Range<usize>,
     kernel: impl Fn(usize, &ActivationBlock<'_>, Output),
@@ -243,7 +269,7 @@ thread_local! {
 fn run_stored(
     stored: &StoredTensor,
     kernels: &Kernels,
-    x: &Activations,
+    x: &Rows<'_>,
     target: &Target<'_>,
     groups: Range<usize>,
 ) -> Range<usize> {
@@ -351,6 +377,35 @@ mod tests {
             for rows in [0..1, 7..15, 20..41] {
                 let part = &whole[rows.start * linear.n_rows()..rows.end * linear.n_rows()];
                 assert_eq!(part, product(rows.clone()), "{}: rows {rows:?}", kernels.name);
+            }
+        }
+    }
+
+    #[test]
+    fn grouped_products_are_those_of_each() {
+        let of = |seed: u64| {
+            let packed = StoredTensor::new(random_tensor(8, 21, 64, seed), None);
+            let tensors = vec![packed, floats(DType::F16, 7, 64)];
+            Linear::new(tensors, Some(noise(28, seed as u32)), (&mut Arena::default(), 2)).expect("memory")
+        };
+        let products = [1, 2, 3].map(of);
+        let lengths = [1, 30, 9];
+        let values = noise(40 * 64, 5);
+        let mut pool = Pool::new(2).expect("threads");
+        for kernels in Kernels::available() {
+            let mut x = Activations::new(40, 64, true);
+            let fill = |m: usize, row: &mut [f32]| row.copy_from_slice(&values[m * 64..][..64]);
+            x.fill_segments(&mut pool, kernels, lengths, &fill);
+            let mut grouped = vec![0.0; 40 * 28];
+            Linear::run_grouped(&products.each_ref(), &mut pool, kernels, &x, &mut grouped);
+            let mut first = 0;
+            for (product, n) in products.iter().zip(lengths) {
+                let fill = |m: usize, row: &mut [f32]| fill(first + m, row);
+                x.fill(&mut pool, kernels, n, &fill);
+                let mut alone = vec![0.0; n * 28];
+                product.run(&mut pool, kernels, &x, (&mut alone, false));
+                assert_eq!(grouped[first * 28..(first + n) * 28], alone, "{}: {n} rows", kernels.name);
+                first += n;
             }
         }
     }

@@ -6,9 +6,11 @@ pub mod activations;
 pub mod arena;
 pub mod attention;
 mod disjoint;
+mod experts;
 pub mod kernels;
 pub mod kv_cache;
 pub mod linear;
+mod mlp;
 mod model;
 mod packed;
 pub mod pool;
@@ -28,7 +30,7 @@ use crate::{
     request::{SamplingParams, TokenLogprobs},
     sampler,
     step::{PAGE_SIZE, SampleRow, SampledToken, StepInput, StepOutput},
-    weights::{TYPICAL_WEIGHT, WeightSource},
+    weights::WeightSource,
 };
 
 /// Keys and values are half precision.
@@ -71,7 +73,7 @@ impl CpuExecutor {
             "device cpu ({}, {n_threads} threads), float32, weights {} {:.2} GiB beside the file, \
              KV cache float16 {:.2} GiB ({n_kv_tokens} tokens)",
             kernels.name,
-            weights.get(TYPICAL_WEIGHT)?.dtype.name(),
+            weights.typical_type(spec)?,
             gib(model.weight_bytes()),
             gib(n_kv_tokens * spec.kv_bytes_per_token(KV_ELEMENT_SIZE)),
         );

@@ -5,14 +5,16 @@ use super::{
     arena::Arena,
     attention::{Attention, AttentionInput, AttentionPlan},
     disjoint::Disjoint,
+    experts::{ExpertBuffers, Experts},
     kernels::Kernels,
     kv_cache::{KvCache, KvLayout},
     linear::Linear,
+    mlp::{GatedMlp, MlpBuffers},
     pool::Pool,
 };
 use crate::{
     Error,
-    decoder::{DecoderSpec, LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Rotary, Weight},
     executors::Capacity,
     step::StepInput,
     weights::{StoredTensor, WeightSource},
@@ -29,10 +31,14 @@ struct Layer {
     qk_norm: Option<(Vec<f32>, Vec<f32>)>,
     o: Linear,
     post_attention_norm: Vec<f32>,
-    /// Gate rows, then up rows.
-    gate_up: Linear,
-    down: Linear,
+    mlp: Mlp,
     cache: KvCache,
+}
+
+/// What comes after attention.
+enum Mlp {
+    Dense(GatedMlp),
+    Experts(Box<Experts>),
 }
 
 /// A model and the buffers of a step.
@@ -45,7 +51,7 @@ pub struct CpuModel {
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
     lm_head: Linear,
-    inv_freq: Vec<f32>,
+    rotary: Rotary,
     attention: Attention,
     buffers: Buffers,
 }
@@ -62,10 +68,10 @@ struct Buffers {
     attended: Vec<f32>,
     /// Input of the attention's output projection.
     o_input: Activations,
-    /// `[n_tokens, 2 * intermediate_size]`.
-    gate_up: Vec<f32>,
-    /// Input of the MLP's down projection.
-    down_input: Activations,
+    /// Of layers without experts.
+    mlp: MlpBuffers,
+    /// `None` if no layer has experts.
+    experts: Option<ExpertBuffers>,
     /// `[n_tokens, head_dim / 2]` each.
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -93,15 +99,33 @@ impl CpuModel {
         let n = capacity.max_num_batched_tokens;
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
         let any = |wants: fn(&Layer) -> bool| layers.iter().any(wants);
-        let hidden_integers = any(|l| l.qkv.wants_integers() || l.gate_up.wants_integers());
+        let any_mlp = |wants: fn(&GatedMlp) -> bool| {
+            layers.iter().any(|layer| matches!(&layer.mlp, Mlp::Dense(mlp) if wants(mlp)))
+        };
+        let any_experts = |wants: fn(&Experts) -> bool| {
+            layers.iter().any(|layer| matches!(&layer.mlp, Mlp::Experts(experts) if wants(experts)))
+        };
+        let hidden_integers = any(|l| l.qkv.wants_integers())
+            || any_mlp(|mlp| mlp.gate_up.wants_integers())
+            || any_experts(|e| e.router.wants_integers())
+            || any_experts(|e| e.shared.as_ref().is_some_and(|mlp| mlp.gate_up.wants_integers()));
+        let dense_size = if any_mlp(|_| true) { spec.intermediate_size } else { 0 };
+        let experts = spec.moe.as_ref().map(|moe| {
+            let integers = [
+                any_experts(|e| e.experts.iter().any(|mlp| mlp.gate_up.wants_integers())),
+                any_experts(|e| e.experts.iter().any(|mlp| mlp.down.wants_integers())),
+                any_experts(|e| e.shared.as_ref().is_some_and(|mlp| mlp.down.wants_integers())),
+            ];
+            ExpertBuffers::new(spec, moe, n, integers)
+        });
         let buffers = Buffers {
             x: vec![0.0; n * spec.hidden_size],
             hidden: Activations::new(n, spec.hidden_size, hidden_integers),
             qkv: vec![0.0; n * (q + 2 * kv)],
             attended: vec![0.0; n * q],
             o_input: Activations::new(n, q, any(|l| l.o.wants_integers())),
-            gate_up: vec![0.0; n * 2 * spec.intermediate_size],
-            down_input: Activations::new(n, spec.intermediate_size, any(|l| l.down.wants_integers())),
+            mlp: MlpBuffers::new(n, dense_size, any_mlp(|mlp| mlp.down.wants_integers())),
+            experts,
             cos: vec![0.0; n * (spec.head_dim / 2)],
             sin: vec![0.0; n * (spec.head_dim / 2)],
             head_input: Activations::new(LOGIT_ROWS, spec.hidden_size, lm_head.wants_integers()),
@@ -114,7 +138,7 @@ impl CpuModel {
             layers,
             final_norm: loader.values(Weight::FinalNorm)?,
             lm_head,
-            inv_freq: spec.rope.inv_freq(spec.head_dim),
+            rotary: spec.rope.rotary(spec.head_dim),
             attention: Attention::new(spec),
             buffers,
             spec: spec.clone(),
@@ -133,7 +157,13 @@ impl CpuModel {
 
     /// Bytes of weights in memory, without what lies in memory maps.
     pub fn weight_bytes(&self) -> usize {
-        let of = |l: &Layer| l.qkv.n_bytes() + l.o.n_bytes() + l.gate_up.n_bytes() + l.down.n_bytes();
+        let of = |l: &Layer| {
+            let mlp = match &l.mlp {
+                Mlp::Dense(mlp) => mlp.n_bytes(),
+                Mlp::Experts(experts) => experts.n_bytes(),
+            };
+            l.qkv.n_bytes() + l.o.n_bytes() + mlp
+        };
         self.layers.iter().map(of).sum::<usize>() + self.lm_head.n_bytes()
     }
 
@@ -144,7 +174,7 @@ impl CpuModel {
         let n = step.n_tokens();
         let (kernels, spec, eps) = (self.kernels, &self.spec, self.spec.norm_eps);
         let (pool, b) = (&mut self.pool, &mut self.buffers);
-        let (h, inter) = (spec.hidden_size, spec.intermediate_size);
+        let h = spec.hidden_size;
         let q_width = spec.n_heads * spec.head_dim;
         for layer in &mut self.layers {
             let x = &b.x;
@@ -161,13 +191,13 @@ impl CpuModel {
             let x = &b.x;
             let norm = &layer.post_attention_norm;
             b.hidden.fill(pool, kernels, n, &|m, row| kernels.rms_norm(&x[m * h..][..h], norm, eps, row));
-            layer.gate_up.run(pool, kernels, &b.hidden, (&mut b.gate_up, false));
-            let gate_up = &b.gate_up;
-            b.down_input.fill(pool, kernels, n, &|m, row| {
-                let (gate, up) = gate_up[2 * m * inter..][..2 * inter].split_at(inter);
-                kernels.silu_mul(gate, up, row);
-            });
-            layer.down.run(pool, kernels, &b.down_input, (&mut b.x, true));
+            match &layer.mlp {
+                Mlp::Dense(mlp) => mlp.run((pool, kernels), &b.hidden, &mut b.mlp, (&mut b.x, true)),
+                Mlp::Experts(experts) => {
+                    let buffers = b.experts.as_mut().expect("made for the model's experts");
+                    experts.run((pool, kernels), &b.hidden, buffers, &mut b.x);
+                }
+            }
         }
     }
 
@@ -192,10 +222,7 @@ impl CpuModel {
             // This executor runs one step at a time, so every token is known.
             let stored = &self.embedding.bytes()[token as usize * row_bytes..][..row_bytes];
             self.embedding.dtype().decode(stored, &mut b.x[m * h..][..h]);
-            let (cos, sin) = (&mut b.cos[m * half..][..half], &mut b.sin[m * half..][..half]);
-            for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&self.inv_freq) {
-                (*sin, *cos) = (position as f32 * freq).sin_cos();
-            }
+            self.rotary.at(position as usize, &mut b.cos[m * half..][..half], &mut b.sin[m * half..][..half]);
         }
     }
 }
@@ -260,11 +287,15 @@ impl Loader<'_> {
     fn layer(&mut self, layer: usize, n_pages: usize) -> Result<Layer, Error> {
         use LayerWeight::*;
         let of = |w: LayerWeight| Weight::Layer(layer, w);
-        let mut linear = |weights: &[LayerWeight], biases: &[LayerWeight]| self.linear(layer, weights, biases);
-        let qkv = linear(&[QProj, KProj, VProj], &[QBias, KBias, VBias])?;
-        let o = linear(&[OProj], &[OBias])?;
-        let gate_up = linear(&[GateProj, UpProj], &[GateBias, UpBias])?;
-        let down = linear(&[DownProj], &[DownBias])?;
+        let qkv = self.linear(&[of(QProj), of(KProj), of(VProj)], &[of(QBias), of(KBias), of(VBias)])?;
+        let o = self.linear(&[of(OProj)], &[of(OBias)])?;
+        let mlp = match self.spec.moe_of(layer) {
+            Some(moe) => Mlp::Experts(Box::new(self.experts(layer, moe)?)),
+            None => Mlp::Dense(GatedMlp {
+                gate_up: self.linear(&[of(GateProj), of(UpProj)], &[of(GateBias), of(UpBias)])?,
+                down: self.linear(&[of(DownProj)], &[of(DownBias)])?,
+            }),
+        };
         Ok(Layer {
             input_norm: self.values(of(InputNorm))?,
             qkv,
@@ -274,22 +305,39 @@ impl Loader<'_> {
             },
             o,
             post_attention_norm: self.values(of(PostAttentionNorm))?,
-            gate_up,
-            down,
+            mlp,
             cache: KvCache::new(KvLayout::new(self.spec), n_pages),
         })
     }
 
+    fn experts(&mut self, layer: usize, moe: &Moe) -> Result<Experts, Error> {
+        use LayerWeight::{Router, SharedDownProj, SharedGateProj, SharedRouter, SharedUpProj};
+        let of = |w: LayerWeight| Weight::Layer(layer, w);
+        let is_shared = moe.shared_intermediate_size.is_some();
+        let routers = [of(Router), of(SharedRouter)];
+        let router = self.linear(if is_shared { &routers } else { &routers[..1] }, &[])?;
+        let mut experts = Vec::with_capacity(moe.n_experts);
+        for expert in 0..moe.n_experts {
+            let of = |w: ExpertWeight| Weight::Expert(layer, expert, w);
+            let gate_up = self.linear(&[of(ExpertWeight::Gate), of(ExpertWeight::Up)], &[])?;
+            experts.push(GatedMlp { gate_up, down: self.linear(&[of(ExpertWeight::Down)], &[])? });
+        }
+        let shared = match is_shared {
+            true => Some(GatedMlp {
+                gate_up: self.linear(&[of(SharedGateProj), of(SharedUpProj)], &[])?,
+                down: self.linear(&[of(SharedDownProj)], &[])?,
+            }),
+            false => None,
+        };
+        Ok(Experts { moe: moe.clone(), router, experts, shared })
+    }
+
     /// The projections `weights`, one below the other, with those of `biases` that the model has.
-    fn linear(&mut self, layer: usize, weights: &[LayerWeight], biases: &[LayerWeight]) -> Result<Linear, Error> {
-        let of = |&w: &LayerWeight| Weight::Layer(layer, w);
-        let tensors = weights.iter().map(|w| self.weights.keep(of(w))).collect::<Result<Vec<_>, _>>()?;
-        let has_bias = biases.iter().any(|w| self.spec.shape(of(w)).is_some());
+    fn linear(&mut self, weights: &[Weight], biases: &[Weight]) -> Result<Linear, Error> {
+        let tensors = weights.iter().map(|&w| self.weights.keep(w)).collect::<Result<Vec<_>, _>>()?;
+        let has_bias = biases.iter().any(|&w| self.spec.shape(w).is_some());
         let bias = match has_bias {
-            true => {
-                let parts = biases.iter().map(|w| self.values(of(w))).collect::<Result<Vec<_>, _>>()?;
-                Some(parts.concat())
-            }
+            true => Some(biases.iter().map(|&w| self.values(w)).collect::<Result<Vec<_>, _>>()?.concat()),
             false => None,
         };
         Linear::new(tensors, bias, (&mut self.arena, self.n_threads))

@@ -4,7 +4,7 @@ use burn::tensor::Device;
 
 use super::*;
 use crate::{
-    decoder::{LayerWeight, Rope, RopeScaling, Weight},
+    decoder::{ExpertWeight, LayerWeight, Moe, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
         comparison::{Batch, Choice, Scores, run},
@@ -43,6 +43,7 @@ fn llama() -> DecoderSpec {
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
+        moe: None,
     }
 }
 
@@ -125,11 +126,12 @@ struct QuantisedSource {
 
 impl WeightSource for QuantisedSource {
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
-        use LayerWeight::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        use LayerWeight::{DownProj, GateProj, KProj, OProj, QProj, SharedDownProj, SharedUpProj, UpProj, VProj};
         let name = match weight {
-            Weight::Embedding | Weight::LmHead | Weight::Layer(_, VProj | DownProj) => "Q8_0",
-            Weight::Layer(_, QProj | GateProj) => "Q4_0",
-            Weight::Layer(_, KProj | OProj | UpProj) => "Q4_1",
+            Weight::Embedding | Weight::LmHead | Weight::Layer(_, VProj | DownProj | SharedUpProj) => "Q8_0",
+            Weight::Layer(_, QProj | GateProj | SharedDownProj) | Weight::Expert(.., ExpertWeight::Gate) => "Q4_0",
+            Weight::Layer(_, KProj | OProj | UpProj) | Weight::Expert(.., ExpertWeight::Up) => "Q4_1",
+            Weight::Expert(.., ExpertWeight::Down) => "Q8_0",
             _ => return self.floats.get(weight),
         };
         let floats = self.floats.get(weight)?;
@@ -166,12 +168,46 @@ fn quantised_models_agree_with_the_portable_executor() {
     }
 }
 
+/// `n_experts` with a shared one, of which `n_experts_per_token` compute a token; the first layer has none.
+fn with_experts(n_experts: usize, n_experts_per_token: usize) -> DecoderSpec {
+    let moe = Moe {
+        n_experts,
+        n_experts_per_token,
+        intermediate_size: 64,
+        shared_intermediate_size: Some(96),
+        norm_topk_prob: false,
+        dense_layers: vec![0],
+    };
+    DecoderSpec { moe: Some(moe), ..llama() }
+}
+
+#[test]
+fn experts_agree_with_the_portable_executor() {
+    // All of them compute each token: which ones are chosen may differ where two are nearly equal.
+    let spec = with_experts(5, 5);
+    compare("experts, bf16", &spec, &dummy(&spec, DType::BF16));
+    compare("experts, quantised", &spec, &QuantisedSource { floats: dummy(&spec, DType::F32) });
+    let alone = DecoderSpec {
+        moe: spec.moe.clone().map(|moe| Moe {
+            shared_intermediate_size: None,
+            norm_topk_prob: true,
+            dense_layers: vec![],
+            ..moe
+        }),
+        ..spec
+    };
+    compare("experts alone, quantised", &alone, &QuantisedSource { floats: dummy(&alone, DType::F32) });
+}
+
 #[test]
 fn a_sequence_does_not_depend_on_its_batch() {
-    let spec = llama();
-    let source = QuantisedSource { floats: dummy(&spec, DType::F32) };
+    [llama(), with_experts(9, 3)].iter().for_each(check_independence);
+}
+
+fn check_independence(spec: &DecoderSpec) {
+    let source = QuantisedSource { floats: dummy(spec, DType::F32) };
     for kernels in Kernels::available() {
-        let mut executor = CpuExecutor::with_kernels(&spec, &source, &config(), kernels).expect("loads");
+        let mut executor = CpuExecutor::with_kernels(spec, &source, &config(), kernels).expect("loads");
         let mut scores = |n| {
             let batch = Batch { name: "", prompts: vec![300; n], chunk: 1024 };
             run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).expect("runs")

@@ -128,6 +128,7 @@ fn models() -> Vec<(&'static str, DecoderSpec)> {
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
+        moe: None,
     };
     let qwen2 = DecoderSpec {
         architecture: "Qwen2ForCausalLM".into(),

@@ -68,6 +68,9 @@ fn check(spec: &DecoderSpec, config: &EngineConfig) -> Result<(), Error> {
             spec.n_heads, spec.n_kv_heads
         ));
     }
+    if spec.moe.is_some() {
+        return unsupported(format!("has no mixtures of experts, which {} needs", spec.architecture));
+    }
     if spec.o_bias || spec.mlp_bias {
         return unsupported("has no biases on the attention output or in the MLP".into());
     }

@@ -5,7 +5,7 @@ use std::{borrow::Cow, sync::Arc};
 use super::Gguf;
 use crate::{
     Error,
-    decoder::{DecoderSpec, LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Weight},
     weights::{StoredTensor, TensorView, WeightSource},
 };
 
@@ -32,11 +32,26 @@ impl GgufSource {
         let name = tensor_name(weight);
         let shape =
             self.spec.shape(weight).ok_or_else(|| self.gguf.error(format!("the model has no tensor '{name}'")))?;
-        let tensor = self.gguf.tensor(&name)?;
-        if tensor.shape != shape {
-            return Err(self
-                .gguf
-                .error(format!("tensor '{name}' has shape {:?}, but the metadata imply {shape:?}", tensor.shape)));
+        // How the file has it: a layer's experts in one tensor, a single row as a vector.
+        let stored_shape = match weight {
+            Weight::Expert(layer, ..) => {
+                let n_experts = self.spec.moe_of(layer).map_or(0, |moe| moe.n_experts);
+                [&[n_experts], shape.as_slice()].concat()
+            }
+            Weight::Layer(_, LayerWeight::SharedRouter) => vec![shape[1]],
+            _ => shape.clone(),
+        };
+        let mut tensor = self.gguf.tensor(&name)?;
+        if tensor.shape != stored_shape {
+            return Err(self.gguf.error(format!(
+                "tensor '{name}' has shape {:?}, but the metadata imply {stored_shape:?}",
+                tensor.shape
+            )));
+        }
+        tensor.shape = shape;
+        if let (Weight::Expert(_, expert, _), Cow::Borrowed(data)) = (weight, &tensor.data) {
+            let n_bytes = tensor.shape[0] * tensor.row_bytes();
+            tensor.data = Cow::Borrowed(&data[expert * n_bytes..][..n_bytes]);
         }
         Ok(tensor)
     }
@@ -71,7 +86,7 @@ fn rotate_half_rows(tensor: &TensorView<'_>, head_dim: usize) -> Vec<u8> {
     out
 }
 
-/// llama.cpp's name of `weight` (gguf-py's `TENSOR_NAMES`).
+/// llama.cpp's name of the tensor that holds `weight` (gguf-py's `TENSOR_NAMES`).
 pub(super) fn tensor_name(weight: Weight) -> String {
     use LayerWeight::*;
     let (layer, weight) = match weight {
@@ -79,6 +94,14 @@ pub(super) fn tensor_name(weight: Weight) -> String {
         Weight::FinalNorm => return "output_norm.weight".into(),
         Weight::LmHead => return "output.weight".into(),
         Weight::Layer(layer, weight) => (layer, weight),
+        Weight::Expert(layer, _, weight) => {
+            let name = match weight {
+                ExpertWeight::Gate => "gate",
+                ExpertWeight::Up => "up",
+                ExpertWeight::Down => "down",
+            };
+            return format!("blk.{layer}.ffn_{name}_exps.weight");
+        }
     };
     let name = match weight {
         InputNorm => "attn_norm.weight",
@@ -99,6 +122,11 @@ pub(super) fn tensor_name(weight: Weight) -> String {
         GateBias => "ffn_gate.bias",
         UpBias => "ffn_up.bias",
         DownBias => "ffn_down.bias",
+        Router => "ffn_gate_inp.weight",
+        SharedGateProj => "ffn_gate_shexp.weight",
+        SharedUpProj => "ffn_up_shexp.weight",
+        SharedDownProj => "ffn_down_shexp.weight",
+        SharedRouter => "ffn_gate_inp_shexp.weight",
     };
     format!("blk.{layer}.{name}")
 }
