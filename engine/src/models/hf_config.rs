@@ -141,13 +141,6 @@ impl HfConfig {
                 self.error(format!("'hidden_act' is '{activation}', which is not supported; supported is 'silu'"))
             );
         }
-        if let Some(quantization) = self.get("quantization_config") {
-            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            return Err(self.error(format!(
-                "'quantization_config' says the weights are quantised ({method}), which is not supported for \
-                 safetensors; use unquantised weights or a GGUF file"
-            )));
-        }
         let hidden_size = self.required_count("hidden_size")?;
         let n_heads = self.required_count("num_attention_heads")?;
         let max_position = self.count("max_position_embeddings")?.unwrap_or(2048);

@@ -10,6 +10,7 @@ mod llama;
 mod mistral;
 mod mixtral;
 mod model;
+mod quantization;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;

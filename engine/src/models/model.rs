@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{ARCHITECTURES, Architecture, GenerationDefaults, HfConfig};
+use super::{ARCHITECTURES, Architecture, GenerationDefaults, HfConfig, quantization};
 use crate::{
     Error, LoadFormat,
     decoder::DecoderSpec,
@@ -14,7 +14,7 @@ use crate::{
         DType, WeightSource,
         dummy::DummySource,
         gguf::{Gguf, GgufSource, PartName},
-        safetensors::SafetensorsSource,
+        safetensors::{Layout, SafetensorsFolder, SafetensorsSource},
     },
 };
 
@@ -60,11 +60,13 @@ impl Model {
             .find(|a| a.hf_names().contains(&name))
             .ok_or_else(|| config.error(unsupported_architecture(name, |a| a.hf_names())))?;
         let spec = architecture.spec_from_config(&config)?;
+        let fp8_block = quantization::fp8_block(&config)?;
         let (weights, file_dtype): (Box<dyn WeightSource>, _) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
             LoadFormat::Auto => {
-                let name_of = Box::new(|weight| architecture.hf_weight_name(weight));
-                stored(SafetensorsSource::open(path, spec.clone(), name_of)?, &spec)?
+                let tensor_name = Box::new(|weight| architecture.hf_weight_name(weight));
+                let layout = Layout { tensor_name, fp8_block };
+                stored(SafetensorsSource::new(SafetensorsFolder::open(path)?, spec.clone(), layout)?, &spec)?
             }
         };
         let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
@@ -406,7 +408,13 @@ mod tests {
         check(with(experts.clone(), json!({"num_experts": null})), "'num_local_experts' is missing");
         check(with(experts, json!({"moe_intermediate_size": 0})), "'moe_intermediate_size' must be a positive integer");
         check(json!({"rope_scaling": {"rope_type": "linear"}}), "'rope_scaling.factor' must be");
-        check(json!({"quantization_config": {"quant_method": "awq"}}), "quantised (awq)");
+        check(json!({"quantization_config": {"quant_method": "awq"}}), "quantised (awq), which is not");
+        let gptq = json!({"quant_method": "compressed-tensors", "format": "pack-quantized"});
+        check(json!({"quantization_config": gptq}), "quantised (compressed-tensors, format pack-quantized)");
+        check(
+            json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}),
+            "'quantization_config.weight_block_size' must be two positive integers",
+        );
         check(json!({"eos_token_id": "x"}), "'eos_token_id' must be a token id");
         check(json!({"num_hidden_layers": 1u64 << 40}), "'num_hidden_layers' must be");
     }

@@ -1,6 +1,7 @@
 //! Where weights come from: one trait, one file per format.
 
 pub mod dummy;
+mod fp8;
 pub mod gguf;
 pub mod safetensors;
 mod tensor;

@@ -12,7 +12,11 @@ use std::{
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 
-use super::{DType, StoredTensor, TensorView, WeightSource};
+use super::{
+    DType, StoredTensor, TensorView, WeightSource,
+    fp8::{self, Scales},
+    typical_weight,
+};
 use crate::{
     Error,
     decoder::{DecoderSpec, Weight},
@@ -31,11 +35,21 @@ pub struct SafetensorsFolder {
     folder: PathBuf,
 }
 
-/// The weights of a decoder in the safetensors files of a Hugging Face folder.
+/// How a checkpoint stores a decoder's weights.
+pub struct Layout {
+    /// The files' name of a weight.
+    pub tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
+    /// Rows and columns that share a scale where fp8 weights have one for each block.
+    pub fp8_block: (usize, usize),
+}
+
+/// The weights of a decoder in the safetensors files of a Hugging Face folder. 8-bit floats
+/// (`F8_E4M3`) are read as bfloat16: `value = element * scale`, with the scales in the tensor `X.weight_scale` or, by the
+/// name that DeepSeek gave it, `X.weight_scale_inv` of weight `X.weight`. Scales of activations are not used.
 pub struct SafetensorsSource {
     files: SafetensorsFolder,
     spec: DecoderSpec,
-    tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
+    layout: Layout,
 }
 
 /// One mapped file.
@@ -76,48 +90,102 @@ impl SafetensorsFolder {
     /// # Errors
     /// [`Error::Model`] if it is missing, of another shape or of an unsupported type.
     pub fn tensor(&self, name: &str, shape: Vec<usize>) -> Result<TensorView<'_>, Error> {
-        self.find(name, shape).map(|(_, tensor)| tensor)
+        self.shard(name)?.tensor(name, shape)
     }
 
-    fn find(&self, name: &str, shape: Vec<usize>) -> Result<(&Shard, TensorView<'_>), Error> {
+    fn shard(&self, name: &str) -> Result<&Shard, Error> {
         let shard = self.shard_of.get(name).map(|&i| &self.shards[i]);
-        let shard = shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))?;
-        Ok((shard, shard.tensor(name, shape)?))
+        shard.ok_or_else(|| Error::model(&self.folder, format!("tensor '{name}' is missing")))
+    }
+
+    /// The scales of fp8 matrix `name`.
+    fn scales(&self, name: &str, (n_rows, n_columns): (usize, usize), block: (usize, usize)) -> Result<Scales, Error> {
+        let names = ["_scale", "_scale_inv"].map(|end| format!("{name}{end}"));
+        let missing = || {
+            let message =
+                format!("tensor '{name}' has type F8_E4M3, but neither '{}' nor '{}' is there", names[0], names[1]);
+            Error::model(&self.folder, message)
+        };
+        let name = names.iter().find(|name| self.contains(name)).ok_or_else(missing)?;
+        let shard = self.shard(name)?;
+        let shape = shard.shape(name).unwrap_or_default();
+        let values = shard.tensor(name, shape.clone())?.to_f32().into_owned();
+        Scales::new(values, &shape, (n_rows, n_columns), block).ok_or_else(|| {
+            let message = format!(
+                "tensor '{name}' has shape {shape:?}, which is not one scale, one for each of {n_rows} rows, or one for \
+                 each block of {} rows and {} columns",
+                block.0, block.1
+            );
+            Error::model(&shard.path, message)
+        })
     }
 }
 
 impl SafetensorsSource {
-    /// The weights of `spec` in `folder`; `tensor_name` gives the files' names.
+    /// The weights of `spec` in `files`.
     ///
     /// # Errors
-    /// [`Error::Model`] if a file is missing or broken, or a tensor is missing, of another shape or of an
-    /// unsupported type.
-    pub fn open(
-        folder: &Path,
-        spec: DecoderSpec,
-        tensor_name: Box<dyn Fn(Weight) -> String + Send + Sync>,
-    ) -> Result<Self, Error> {
-        let source = Self { files: SafetensorsFolder::open(folder)?, spec, tensor_name };
-        source.spec.weights().try_for_each(|weight| source.get(weight).map(drop))?;
+    /// [`Error::Model`] if a tensor is missing, of another shape or of an unsupported type.
+    pub fn new(files: SafetensorsFolder, spec: DecoderSpec, layout: Layout) -> Result<Self, Error> {
+        let source = Self { files, spec, layout };
+        source.spec.weights().try_for_each(|weight| match source.fp8(weight)? {
+            Some((name, shape)) => source.scales(&name, &shape).map(drop),
+            None => source.find(weight).map(drop),
+        })?;
         Ok(source)
     }
 
-    fn find(&self, weight: Weight) -> Result<(&Shard, TensorView<'_>), Error> {
-        let name = (self.tensor_name)(weight);
+    fn name_and_shape(&self, weight: Weight) -> Result<(String, Vec<usize>), Error> {
+        let name = (self.layout.tensor_name)(weight);
         let shape = self.spec.shape(weight);
         let shape =
             shape.ok_or_else(|| Error::model(&self.files.folder, format!("the model has no tensor '{name}'")))?;
-        self.files.find(&name, shape)
+        Ok((name, shape))
+    }
+
+    fn find(&self, weight: Weight) -> Result<(&Shard, TensorView<'_>), Error> {
+        let (name, shape) = self.name_and_shape(weight)?;
+        let shard = self.files.shard(&name)?;
+        Ok((shard, shard.tensor(&name, shape)?))
+    }
+
+    /// Name and shape of `weight` if it is stored as 8-bit floats.
+    fn fp8(&self, weight: Weight) -> Result<Option<(String, Vec<usize>)>, Error> {
+        let (name, shape) = self.name_and_shape(weight)?;
+        let shard = self.files.shard(&name)?;
+        Ok((shard.dtype(&name) == Some(Dtype::F8_E4M3) && shape.len() == 2).then_some((name, shape)))
+    }
+
+    fn scales(&self, name: &str, shape: &[usize]) -> Result<Scales, Error> {
+        self.files.shard(name)?.bytes(name, shape)?;
+        self.files.scales(name, (shape[0], shape[1]), self.layout.fp8_block)
     }
 }
 
 impl WeightSource for SafetensorsSource {
     fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
-        self.find(weight).map(|(_, tensor)| tensor)
+        let Some((name, shape)) = self.fp8(weight)? else {
+            return self.find(weight).map(|(_, tensor)| tensor);
+        };
+        let scales = self.scales(&name, &shape)?;
+        let elements = self.files.shard(&name)?.bytes(&name, &shape)?;
+        let data = fp8::to_bf16(elements, shape[1], &scales);
+        Ok(TensorView { dtype: DType::BF16, shape, data: Cow::Owned(data) })
     }
 
     fn keep(&self, weight: Weight) -> Result<StoredTensor, Error> {
-        self.find(weight).map(|(shard, tensor)| StoredTensor::new(tensor, Some(&shard.mmap)))
+        match self.fp8(weight)? {
+            Some(_) => Ok(StoredTensor::new(self.get(weight)?, None)),
+            None => self.find(weight).map(|(shard, tensor)| StoredTensor::new(tensor, Some(&shard.mmap))),
+        }
+    }
+
+    fn typical_type(&self, spec: &DecoderSpec) -> Result<String, Error> {
+        let weight = typical_weight(spec);
+        Ok(match self.fp8(weight)? {
+            Some(_) => "F8_E4M3".into(),
+            None => self.find(weight)?.1.dtype.name().into(),
+        })
     }
 }
 
@@ -132,24 +200,44 @@ impl Shard {
         Ok(Self { path: path.to_owned(), mmap: Arc::new(mmap), data_start: size_of::<u64>() + header_len, metadata })
     }
 
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.metadata.info(name).map(|info| info.shape.clone())
+    }
+
+    fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.metadata.info(name).map(|info| info.dtype)
+    }
+
     fn tensor(&self, name: &str, shape: Vec<usize>) -> Result<TensorView<'_>, Error> {
-        let fail = |message: String| Error::model(&self.path, format!("tensor '{name}' {message}"));
-        let info = self.metadata.info(name).ok_or_else(|| fail("is missing".into()))?;
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => {
-                return Err(fail(format!("has type {other}, which is not supported; supported are F32, F16, BF16")));
+        let dtype = match self.dtype(name) {
+            Some(Dtype::F32) => DType::F32,
+            Some(Dtype::F16) => DType::F16,
+            Some(Dtype::BF16) => DType::BF16,
+            Some(other) => {
+                let message = format!(
+                    "has type {other}, which is not supported; supported are F32, F16, BF16, for matrices F8_E4M3"
+                );
+                return Err(self.error(name, &message));
             }
+            None => return Err(self.error(name, "is missing")),
         };
+        Ok(TensorView { dtype, data: Cow::Borrowed(self.bytes(name, &shape)?), shape })
+    }
+
+    /// The bytes of tensor `name`, which must have this shape.
+    fn bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8], Error> {
+        let info = self.metadata.info(name).ok_or_else(|| self.error(name, "is missing"))?;
         if info.shape != shape {
-            return Err(fail(format!("has shape {:?}, but config.json implies {shape:?}", info.shape)));
+            let message = format!("has shape {:?}, but config.json implies {shape:?}", info.shape);
+            return Err(self.error(name, &message));
         }
         let (start, end) = info.data_offsets;
         let data = self.mmap.get(self.data_start + start..self.data_start + end);
-        let data = data.ok_or_else(|| fail("runs past the end of the file".into()))?;
-        Ok(TensorView { dtype, shape, data: Cow::Borrowed(data) })
+        data.ok_or_else(|| self.error(name, "runs past the end of the file"))
+    }
+
+    fn error(&self, tensor: &str, message: &str) -> Error {
+        Error::model(&self.path, format!("tensor '{tensor}' {message}"))
     }
 }
 
@@ -247,7 +335,8 @@ mod tests {
     }
 
     fn open(folder: &Path) -> Result<SafetensorsSource, Error> {
-        SafetensorsSource::open(folder, spec(), Box::new(|weight| format!("{weight:?}")))
+        let layout = Layout { tensor_name: Box::new(|weight| format!("{weight:?}")), fp8_block: (2, 2) };
+        SafetensorsSource::new(SafetensorsFolder::open(folder)?, spec(), layout)
     }
 
     fn error_of(folder: &Path) -> String {
@@ -307,6 +396,52 @@ mod tests {
         wrong.remove(0);
         std::fs::write(&file, serialize(&wrong, Dtype::F32)).expect("written");
         assert!(error_of(folder.path()).contains("'Embedding' is missing"));
+    }
+
+    #[test]
+    fn fp8_weights_need_their_scales() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let bytes = tensors(Dtype::F8_E4M3);
+        let floats = tensors(Dtype::F32);
+        let write = |scales: &[(String, Vec<usize>, Vec<u8>)]| {
+            // Norms stay as they are.
+            let weights = bytes.iter().zip(&floats).map(|(fp8, float)| match fp8.1.len() {
+                1 => (Dtype::F32, float.clone()),
+                _ => (Dtype::F8_E4M3, fp8.clone()),
+            });
+            let scales = scales.iter().map(|scale| (Dtype::F32, scale.clone()));
+            let all: Vec<_> = weights.chain(scales).collect();
+            let views = all
+                .iter()
+                .map(|(dtype, (name, shape, data))| (name, Stored::new(*dtype, shape.clone(), data).expect("whole")));
+            let file = folder.path().join(SINGLE_FILE);
+            std::fs::write(file, safetensors::serialize(views, None).expect("serializable")).expect("written");
+        };
+        let two = 2f32.to_le_bytes().to_vec();
+        let scales = |end: &str| {
+            let spec = spec();
+            let matrices = spec.weights().filter(|&w| spec.shape(w).is_some_and(|shape| shape.len() == 2));
+            matrices.map(|w| (format!("{w:?}{end}"), vec![1], two.clone())).collect::<Vec<_>>()
+        };
+        write(&[]);
+        let message = error_of(folder.path());
+        assert!(message.contains("'Embedding' has type F8_E4M3, but neither 'Embedding_scale' nor"), "{message}");
+        for end in ["_scale", "_scale_inv"] {
+            write(&scales(end));
+            let source = open(folder.path()).expect("valid");
+            assert_eq!(source.typical_type(&spec()).expect("there"), "F8_E4M3");
+            for (i, weight) in spec().weights().enumerate().filter(|(_, w)| spec().shape(*w).unwrap().len() == 2) {
+                let tensor = source.get(weight).expect("there");
+                assert_eq!(tensor.dtype, DType::BF16);
+                assert!(tensor.to_f32().iter().all(|value| *value == 2.0 * fp8::e4m3(i as u8)), "{weight:?}");
+                assert_eq!(source.keep(weight).expect("there").view().data, tensor.data);
+            }
+        }
+        let mut wrong = scales("_scale");
+        wrong[0] = (wrong[0].0.clone(), vec![2], [two.clone(), two.clone()].concat());
+        write(&wrong);
+        let message = error_of(folder.path());
+        assert!(message.contains("'Embedding_scale' has shape [2], which is not one scale, one for"), "{message}");
     }
 
     proptest! {
