@@ -3,7 +3,7 @@
 
 mod cache;
 
-use ember_engine::embedding::EmbeddingEngine;
+use ember_engine::{EngineConfig, embedding::EmbeddingEngine};
 
 #[derive(serde::Deserialize)]
 struct Golden {
@@ -15,7 +15,7 @@ struct Golden {
 fn engine() -> EmbeddingEngine {
     let path = cache::model("minilm", "all-MiniLM-L6-v2");
     assert!(EmbeddingEngine::is_for(&path).expect("a model folder"));
-    EmbeddingEngine::load(&path).expect("the model loads")
+    EmbeddingEngine::load(&path, EngineConfig::default()).expect("the model loads")
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f32 {
@@ -28,7 +28,7 @@ fn vectors_are_those_of_the_reference_alone_and_together() {
     let golden: Vec<Golden> = serde_json::from_str(include_str!("data/minilm.json")).expect("golden vectors");
     let mut texts: Vec<Vec<u32>> =
         golden.iter().map(|it| engine.tokenizer().encode(&it.text, true).expect("encodes")).collect();
-    texts.iter_mut().for_each(|ids| ids.truncate(engine.max_model_len()));
+    texts.iter_mut().for_each(|ids| ids.truncate(engine.info().max_model_len));
     assert_eq!(texts.iter().map(Vec::len).collect::<Vec<_>>(), golden.iter().map(|it| it.n_tokens).collect::<Vec<_>>());
     let together = engine.embed(&texts).expect("embeds");
     for ((text, vector), golden) in texts.iter().zip(&together).zip(&golden) {

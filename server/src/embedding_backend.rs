@@ -6,13 +6,14 @@ use std::{
 };
 
 use ember_engine::{
-    EngineInfo, EngineStats, Error, GenerateRequest, SamplingParams, embedding::EmbeddingEngine, text::ChatOptions,
+    EngineConfig, EngineInfo, EngineStats, Error, GenerateRequest, SamplingParams, embedding::EmbeddingEngine,
+    text::ChatOptions,
 };
 use serde_json::Value;
 
 use crate::{Backend, EventStream};
 
-/// Sequences that the admission counts on; embeddings wait for each other on the CPU anyway.
+/// Requests that may wait for each other before more are queued; those that wait run together.
 const MAX_NUM_SEQS: usize = 64;
 
 /// An embedding model behind the endpoints.
@@ -27,21 +28,22 @@ impl EmbeddingBackend {
     ///
     /// # Errors
     /// Those of [`EmbeddingEngine::load`].
-    pub fn load(path: &Path) -> Result<Self, Error> {
-        let engine = EmbeddingEngine::load(path)?;
+    pub fn load(path: &Path, config: EngineConfig) -> Result<Self, Error> {
+        let engine = EmbeddingEngine::load(path, config)?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let of = engine.info();
         let info = EngineInfo {
-            model_path: path.to_owned(),
-            architecture: engine.architecture().to_owned(),
-            n_parameters: engine.n_parameters(),
-            file_dtype: "F32".into(),
+            model_path: of.path.clone(),
+            architecture: of.architecture.clone(),
+            n_parameters: of.n_parameters,
+            file_dtype: of.file_dtype.clone(),
             vocab_size: engine.tokenizer().vocab_size(),
-            max_model_len: engine.max_model_len(),
+            max_model_len: of.max_model_len,
             max_num_seqs: MAX_NUM_SEQS,
-            max_num_batched_tokens: engine.max_model_len(),
+            max_num_batched_tokens: of.max_num_batched_tokens,
             n_kv_tokens: 0,
             max_logprobs: 0,
-            executor: format!("device cpu, float32, embeddings of {} dimensions", engine.n_dimensions()),
+            executor: of.executor.clone(),
             created,
         };
         Ok(Self { engine, info, defaults: SamplingParams::default() })
@@ -66,7 +68,7 @@ impl Backend for EmbeddingBackend {
     }
 
     fn is_healthy(&self) -> bool {
-        true
+        self.engine.is_healthy()
     }
 
     fn default_sampling_params(&self) -> &SamplingParams {

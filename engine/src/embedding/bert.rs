@@ -8,6 +8,7 @@ use burn::tensor::{
     activation::{gelu, relu, softmax},
 };
 
+use super::{BATCH_TOKENS, Encoder, Pooling, pooling::Pool};
 use crate::{Error, models::HfConfig, weights::safetensors::SafetensorsFolder};
 
 /// The sizes of a model.
@@ -204,6 +205,31 @@ impl Bert {
         let scale = 1.0 / ((h / n_heads) as f32).sqrt();
         let scores = heads(0).matmul(heads(1).swap_dims(1, 2)) * scale;
         softmax(scores, 2).matmul(heads(2)).swap_dims(0, 1).reshape([n, h])
+    }
+}
+
+impl Encoder for Bert {
+    fn encode(&mut self, texts: &[&[u32]], pooling: Pooling) -> Result<Vec<Vec<f32>>, Error> {
+        let mut vectors = Vec::with_capacity(texts.len());
+        let mut rest = texts;
+        while !rest.is_empty() {
+            let mut n_tokens = 0;
+            let fits = |text: &&&[u32]| {
+                n_tokens += text.len();
+                n_tokens <= BATCH_TOKENS
+            };
+            let n = rest.iter().take_while(fits).count().max(1);
+            for states in self.forward(&rest[..n]) {
+                let data = states.try_into_data().map_err(|e| Error::Device(e.to_string()))?;
+                let states: Vec<f32> =
+                    data.try_into_vec().map_err(|e| Error::Device(format!("hidden states are not float32: {e:?}")))?;
+                let mut pool = Pool::new(pooling, self.spec.hidden_size);
+                pool.add(&states);
+                vectors.push(pool.finish());
+            }
+            rest = &rest[n..];
+        }
+        Ok(vectors)
     }
 }
 

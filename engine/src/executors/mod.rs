@@ -54,6 +54,13 @@ pub trait Executor: Send {
     /// # Errors
     /// [`Error::Device`]; the executor must not be used again after it.
     fn collect(&mut self) -> Result<StepOutput, Error>;
+
+    /// The hidden states after the final norm of a step that samples nothing, `[n_tokens, hidden_size]`, while no other
+    /// step is in flight.
+    ///
+    /// # Errors
+    /// [`Error::Device`], as of [`Executor::launch`].
+    fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error>;
 }
 
 /// Makes the executor for `config.device` and loads `weights` into it.

@@ -67,6 +67,18 @@ pub const ARCHITECTURES: &[&dyn Architecture] = &[
     &qwen3_moe::Qwen3Moe,
 ];
 
+/// The architecture that reads a config.json of the class `name`.
+pub(crate) fn by_hf_name(name: &str) -> Option<&'static dyn Architecture> {
+    ARCHITECTURES.iter().copied().find(|architecture| architecture.hf_names().contains(&name))
+}
+
+/// The class that generates text with the decoder of class `name`, which has no output projection: `LlamaForCausalLM` of
+/// `LlamaModel`; `None` if Ember does not run it.
+pub(crate) fn generating_name(name: &str) -> Option<String> {
+    let name = format!("{}ForCausalLM", name.strip_suffix("Model")?);
+    by_hf_name(&name).map(|_| name)
+}
+
 /// The names that most decoder-only models of Hugging Face transformers use.
 fn hf_weight_name(weight: Weight) -> String {
     use LayerWeight::*;

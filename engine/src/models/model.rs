@@ -51,22 +51,46 @@ impl Model {
         }
     }
 
-    fn open_folder(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+    /// Opens the Hugging Face folder `path` for its hidden states: the output projection need not be there, nor the
+    /// class's name be that of a generating model.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_headless(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
         let config = HfConfig::open(&path.join("config.json"))?;
         let name = config.architecture()?;
-        let architecture = ARCHITECTURES
-            .iter()
-            .copied()
-            .find(|a| a.hf_names().contains(&name))
-            .ok_or_else(|| config.error(unsupported_architecture(name, |a| a.hf_names())))?;
+        let generating = super::generating_name(name);
+        let architecture = find(&config, generating.as_deref().unwrap_or(name))?;
+        // No output projection is looked for.
+        let spec = DecoderSpec { tie_embeddings: true, ..architecture.spec_from_config(&config)? };
+        Self::from_folder(path, &config, (architecture, spec), (load_format, seed))
+    }
+
+    fn open_folder(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+        let config = HfConfig::open(&path.join("config.json"))?;
+        let architecture = find(&config, config.architecture()?)?;
         let spec = architecture.spec_from_config(&config)?;
-        let fp8_block = quantization::fp8_block(&config)?;
+        Self::from_folder(path, &config, (architecture, spec), (load_format, seed))
+    }
+
+    fn from_folder(
+        path: &Path,
+        config: &HfConfig,
+        (architecture, spec): (&'static dyn Architecture, DecoderSpec),
+        (load_format, seed): (LoadFormat, u64),
+    ) -> Result<Self, Error> {
+        let fp8_block = quantization::fp8_block(config)?;
         let (weights, file_dtype): (Box<dyn WeightSource>, _) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
             LoadFormat::Auto => {
-                let tensor_name = Box::new(|weight| architecture.hf_weight_name(weight));
-                let layout = Layout { tensor_name, fp8_block };
-                stored(SafetensorsSource::new(SafetensorsFolder::open(path)?, spec.clone(), layout)?, &spec)?
+                let files = SafetensorsFolder::open(path)?;
+                // Saved without the output projection, tensors lack this prefix.
+                let prefix = if files.contains("embed_tokens.weight") { "model." } else { "" };
+                let tensor_name = Box::new(move |weight| {
+                    let name = architecture.hf_weight_name(weight);
+                    name.strip_prefix(prefix).map_or(name.clone(), str::to_owned)
+                });
+                stored(SafetensorsSource::new(files, spec.clone(), Layout { tensor_name, fp8_block })?, &spec)?
             }
         };
         let tokenizer = if load_format == LoadFormat::Dummy && !path.join("tokenizer.json").is_file() {
@@ -75,7 +99,7 @@ impl Model {
             Tokenizer::from_folder(path)?
         };
         let chat_template = ChatTemplate::from_folder(path, &tokenizer)?;
-        let generation = GenerationDefaults::from_folder(path, &config, &tokenizer)?;
+        let generation = GenerationDefaults::from_folder(path, config, &tokenizer)?;
         Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
     }
 
@@ -99,6 +123,17 @@ impl Model {
         let generation = GenerationDefaults::from_tokenizer(&tokenizer);
         Ok(Self { path: path.to_owned(), spec, weights, tokenizer, chat_template, generation, file_dtype })
     }
+}
+
+/// The architecture of the class `name`.
+fn find(config: &HfConfig, name: &str) -> Result<&'static dyn Architecture, Error> {
+    super::by_hf_name(name).ok_or_else(|| {
+        let hint = match super::generating_name(name) {
+            Some(_) => "; it makes embeddings, with --runner pooling",
+            None => "",
+        };
+        config.error(unsupported_architecture(name, |a| a.hf_names()) + hint)
+    })
 }
 
 /// Random weights of `spec`.

@@ -4,6 +4,7 @@ pub mod cuda_test;
 pub mod doctor;
 pub mod engine_args;
 pub mod generate;
+pub mod runner;
 pub mod serve;
 
 use std::process::ExitCode;

@@ -3,11 +3,11 @@
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Args;
-use ember_engine::{Engine, embedding::EmbeddingEngine};
+use ember_engine::Engine;
 use serde_json::{Map, Value};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::engine_args::EngineArgs;
+use super::{engine_args::EngineArgs, runner::RunnerArgs};
 use crate::{
     App, Backend, Error,
     config::{AppConfig, DEFAULT_MAX_LOGPROBS, Listen, ServeConfig},
@@ -164,6 +164,10 @@ pub struct ServeArgs {
 
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub runner: RunnerArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub engine: EngineArgs,
 }
 
@@ -189,6 +193,7 @@ impl ServeArgs {
         if self.enable_auto_tool_choice && self.tool_call_parser.is_none() {
             return Err(Error::config("--enable-auto-tool-choice", "needs --tool-call-parser"));
         }
+        self.runner.check()?;
         let engine = self.engine.resolve(&served_model_names[0])?;
         Ok(ServeConfig {
             model,
@@ -298,10 +303,10 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, Error> {
         let socket = socket.with_tls(tls).with_write_timeout(config.write_timeout);
         let mut signals = Signals::new()?;
         let started = std::time::Instant::now();
-        let (model, engine) = (config.model.clone(), config.engine.clone());
+        let (model, engine, runner) = (config.model.clone(), config.engine.clone(), args.runner);
         let load = tokio::task::spawn_blocking(move || -> Result<Arc<dyn Backend>, ember_engine::Error> {
-            Ok(match EmbeddingEngine::is_for(&model)? {
-                true => Arc::new(EmbeddingBackend::load(&model)?),
+            Ok(match runner.makes_vectors(&model)? {
+                true => Arc::new(EmbeddingBackend::load(&model, engine)?),
                 false => Arc::new(Engine::load(model, engine)?),
             })
         });

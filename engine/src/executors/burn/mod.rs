@@ -127,6 +127,12 @@ impl Executor for BurnExecutor {
     fn collect(&mut self) -> Result<StepOutput, Error> {
         self.output.take().ok_or_else(|| Error::Device("no step was launched".into()))
     }
+
+    fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error> {
+        let plan = AttentionPlan::new(self.model.spec(), step, &self.device);
+        let hidden = self.model.forward(step, &plan)?;
+        to_host(self.model.norm(hidden))
+    }
 }
 
 fn is_cpu(device: &Device) -> bool {

@@ -164,4 +164,9 @@ impl Executor for CpuExecutor {
     fn collect(&mut self) -> Result<StepOutput, Error> {
         self.output.take().ok_or_else(|| Error::Device("no step was launched".into()))
     }
+
+    fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error> {
+        self.model.forward(step);
+        Ok(self.model.normed(step.n_tokens()))
+    }
 }

@@ -213,6 +213,20 @@ impl CpuModel {
         (&mut b.logits[..rows.len() * self.spec.vocab_size], pool)
     }
 
+    /// Hidden states of the first `n` rows after the final norm, `[n, hidden_size]`, after [`CpuModel::forward`].
+    pub fn normed(&mut self, n: usize) -> Vec<f32> {
+        let (kernels, eps, h) = (self.kernels, self.spec.norm_eps, self.spec.hidden_size);
+        let (x, norm) = (&self.buffers.x, &self.final_norm);
+        let mut out = vec![0.0; n * h];
+        let rows = Disjoint::new(&mut out);
+        self.pool.run(n, &|m| {
+            // SAFETY: each row belongs to one task.
+            let row = unsafe { rows.range(m * h..(m + 1) * h) };
+            kernels.rms_norm(&x[m * h..][..h], norm, eps, row);
+        });
+        out
+    }
+
     /// Fills the residual stream with embeddings, and the rotations of the step's positions.
     fn embed(&mut self, step: &StepInput) {
         let (h, half) = (self.spec.hidden_size, self.spec.head_dim / 2);

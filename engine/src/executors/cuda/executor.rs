@@ -191,6 +191,22 @@ impl Executor for CudaExecutor {
         wait(&self.in_flight[index].done)?;
         Ok(self.sampling.finish(output, index))
     }
+
+    fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error> {
+        self.gpu.bind()?;
+        let spec = &self.setup.forward.spec;
+        let (group, n) = (spec.n_heads / spec.n_kv_heads, step.n_tokens() * spec.hidden_size);
+        let shape = StepShape::of(step, group);
+        self.check_size(step, shape)?;
+        let index = self.next;
+        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, step, shape, None);
+        self.upload(index, n_bytes, shape)?;
+        let forward = &mut self.setup.forward;
+        forward.chunks(&self.gpu, shape)?;
+        forward.final_norm(&self.gpu, shape.n_tokens)?;
+        let bits: Vec<u16> = forward.buffers.h.read(&self.gpu, 0, n)?;
+        Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
+    }
 }
 
 /// Waits for `event`, but not for ever.

@@ -107,6 +107,11 @@ impl Forward {
         self.product(gpu, (Product::Logits, 0), n)
     }
 
+    /// The final norm of the first `n` rows, in [`StepBuffers::h`].
+    pub(super) fn final_norm(&mut self, gpu: &Gpu, n: usize) -> Result<(), Error> {
+        self.norm(gpu, self.weights.final_norm.ptr(), 0, n)
+    }
+
     /// Whether a product is one for [`StreamGemm`].
     pub(super) fn streams(&self, product: Product, n: usize) -> bool {
         self.stream_gemm.is_some() && StreamGemm::takes(product, n)
