@@ -14,6 +14,8 @@ use burn::tensor::Device;
 
 pub use bert::{Bert, BertSpec};
 use decoder::DecoderEncoder;
+#[cfg(feature = "cuda")]
+pub(crate) use decoder::step as prompt_step;
 pub use pooling::{Head, Pooling};
 use worker::Worker;
 

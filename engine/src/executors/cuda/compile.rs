@@ -36,6 +36,8 @@ sources! {
     ROPE_KV = "rope_kv";
     SILU_MUL = "silu_mul";
     GEMV = "gemv";
+    MOE_GEMM = "moe_gemm";
+    MOE_ROUTE = "moe_route";
     STREAM_GEMM_SM90 = "stream_gemm_sm90";
     DECODE_ATTENTION = "decode_attention";
     PREFILL_ATTENTION = "prefill_attention";

@@ -2,11 +2,12 @@
 //!
 //! Steps of a few decoding sequences read each weight once through GEMV kernels that do the norms and activations on the
 //! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
-//! others are cuBLASLt's.
+//! others are cuBLASLt's. Models with experts run in the second way, whatever the step.
 
 use super::{
     buffers::{KvCache, StepBuffers},
     device::Gpu,
+    experts::{ExpertRows, Experts},
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
     kernel::Arg::{self, Float, Int, Long, Map, Ptr},
@@ -25,6 +26,8 @@ pub(super) struct Forward {
     pub(super) gemm: Gemm,
     /// On Hopper.
     pub(super) stream_gemm: Option<StreamGemm>,
+    /// Of models that have them.
+    pub(super) experts: Option<Experts>,
     pub(super) weights: Weights,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
@@ -65,7 +68,7 @@ impl Forward {
         let tokens = self.layout.decode;
         let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts };
         self.embed(gpu, tokens, bucket)?;
-        if bucket > self.ops.max_gemv_rows() {
+        if !self.uses_gemv(bucket) {
             for layer in 0..self.spec.n_layers {
                 self.gemm_layer(gpu, layer, rows, tokens)?;
             }
@@ -87,6 +90,16 @@ impl Forward {
         ];
         let gemv = &self.ops.gemvs(bucket).logits;
         gemv.kernel.launch(gpu.cu_stream(), self.ops.gemv_launch(gemv, bucket), &args)
+    }
+
+    /// Whether a decode step of `bucket` sequences runs through GEMV kernels.
+    pub(super) fn uses_gemv(&self, bucket: usize) -> bool {
+        self.experts.is_none() && bucket <= self.ops.max_gemv_rows()
+    }
+
+    /// Whether layers have an MLP, be it a shared expert.
+    pub(super) fn has_mlp(&self) -> bool {
+        self.spec.moe.as_ref().is_none_or(|moe| moe.shared_intermediate_size.is_some())
     }
 
     /// Any step, without its logits.
@@ -221,8 +234,29 @@ impl Forward {
         self.prefill_attention(gpu, layer, rows.n_tiles)?;
         self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
-        self.product(gpu, (Product::GateUp, layer), n)?;
-        self.product(gpu, (Product::Down, layer), n)
+        if self.has_mlp() {
+            self.product(gpu, (Product::GateUp, layer), n)?;
+        }
+        self.run_experts(gpu, layer, tokens, n)?;
+        match self.has_mlp() {
+            true => self.product(gpu, (Product::Down, layer), n),
+            false => Ok(()),
+        }
+    }
+
+    /// Adds the experts' outputs for `n` rows, if the model has experts, and scales the shared expert's activations.
+    fn run_experts(&mut self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {
+        let rows = ExpertRows {
+            h: self.buffers.h.ptr(),
+            x: self.buffers.x.ptr(),
+            slots: self.input(tokens.slot_mapping),
+            act: if self.has_mlp() { self.buffers.act.ptr() } else { 0 },
+            n,
+        };
+        match (&self.experts, &self.weights.layers[layer].experts) {
+            (Some(experts), Some(weights)) => experts.run(gpu, &mut self.gemm, weights, rows),
+            _ => Ok(()),
+        }
     }
 
     fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {

@@ -10,13 +10,14 @@ use cudarc::driver::sys;
 use super::{
     compile::{self, Variant},
     device::{Event, Gpu},
+    experts::router_rows,
     kernel::{Arg, Kernel, Launch},
     memory::{DeviceBuffer, PinnedBuffer},
     status::Check,
 };
 use crate::{
     Error,
-    decoder::{DecoderSpec, LayerWeight, Weight},
+    decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Weight},
     weights::WeightSource,
 };
 
@@ -51,9 +52,22 @@ pub(super) struct LayerWeights {
     pub(super) o: DeviceBuffer,
     /// `[hidden_size]`.
     pub(super) post_attention_norm: DeviceBuffer,
-    /// gate, up: `[2 * intermediate_size, hidden_size]`.
+    /// Of the MLP, or of the shared expert; a model of experts alone has one byte here and in `down`. gate, up:
+    /// `[2 * intermediate_size, hidden_size]`.
     pub(super) gate_up: DeviceBuffer,
     /// `[hidden_size, intermediate_size]`.
+    pub(super) down: DeviceBuffer,
+    /// `None` if the model has none.
+    pub(super) experts: Option<ExpertWeights>,
+}
+
+/// The experts of one block.
+pub(super) struct ExpertWeights {
+    /// `[router_rows, hidden_size]`: the experts' logits, that of the shared expert's share, zeros.
+    pub(super) router: DeviceBuffer,
+    /// Of each expert gate, up: `[n_experts, 2 * intermediate_size, hidden_size]`.
+    pub(super) gate_up: DeviceBuffer,
+    /// `[n_experts, hidden_size, intermediate_size]`.
     pub(super) down: DeviceBuffer,
 }
 
@@ -78,6 +92,35 @@ impl LayerWeights {
     /// Addresses of the q and k norms, or null.
     pub(super) fn qk_norms(&self) -> (u64, u64) {
         (ptr_or_null(self.q_norm.as_ref()), ptr_or_null(self.k_norm.as_ref()))
+    }
+}
+
+impl ExpertWeights {
+    /// Those of layer `layer`; `get` puts weights one after the other in a new buffer.
+    fn load(
+        gpu: &Gpu,
+        (layer, moe): (usize, &Moe),
+        get: &mut impl FnMut(&[Weight]) -> Result<Option<DeviceBuffer>, Error>,
+    ) -> Result<Self, Error> {
+        let mut required = |weights: &[Weight]| Ok::<_, Error>(get(weights)?.expect("every mixture has this weight"));
+        let routers = [LayerWeight::Router, LayerWeight::SharedRouter].map(|w| Weight::Layer(layer, w));
+        let logits = required(&routers)?;
+        let n_logits = moe.n_experts + usize::from(moe.shared_intermediate_size.is_some());
+        let n_bytes = logits.n_bytes() / n_logits * router_rows(moe);
+        let router = DeviceBuffer::zeroed(gpu, n_bytes, "a router")?;
+        // SAFETY: the source is not longer than the destination; both live until the stream is synchronised.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(router.ptr(), logits.ptr(), logits.n_bytes(), gpu.cu_stream()) }
+            .check("cuMemcpyDtoDAsync")?;
+        gpu.synchronize()?;
+        let of_all = |kinds: &[ExpertWeight]| -> Vec<Weight> {
+            let of = |expert: usize| kinds.iter().map(move |&w| Weight::Expert(layer, expert, w));
+            (0..moe.n_experts).flat_map(of).collect()
+        };
+        Ok(Self {
+            router,
+            gate_up: required(&of_all(&[ExpertWeight::Gate, ExpertWeight::Up]))?,
+            down: required(&of_all(&[ExpertWeight::Down]))?,
+        })
     }
 }
 
@@ -118,9 +161,21 @@ pub(super) fn load(gpu: &Gpu, spec: &DecoderSpec, origin: Origin<'_>) -> Result<
     let mut layers = Vec::with_capacity(spec.n_layers);
     for layer in 0..spec.n_layers {
         use LayerWeight::*;
+        let experts = match spec.moe_of(layer) {
+            Some(moe) => Some(ExpertWeights::load(gpu, (layer, moe), &mut get)?),
+            None => None,
+        };
         let mut get = |weights: &[LayerWeight]| {
             let weights: Vec<_> = weights.iter().map(|&w| Weight::Layer(layer, w)).collect();
             get(&weights)
+        };
+        let (gate_up, down): (&[LayerWeight], &[LayerWeight]) = match experts {
+            None => (&[GateProj, UpProj], &[DownProj]),
+            Some(_) => (&[SharedGateProj, SharedUpProj], &[SharedDownProj]),
+        };
+        let or_empty = |buffer: Option<DeviceBuffer>| match buffer {
+            Some(buffer) => Ok(buffer),
+            None => DeviceBuffer::new(gpu, 1, "no weight"),
         };
         layers.push(LayerWeights {
             input_norm: required(get(&[InputNorm])?),
@@ -130,8 +185,9 @@ pub(super) fn load(gpu: &Gpu, spec: &DecoderSpec, origin: Origin<'_>) -> Result<
             k_norm: get(&[KNorm])?,
             o: required(get(&[OProj])?),
             post_attention_norm: required(get(&[PostAttentionNorm])?),
-            gate_up: required(get(&[GateProj, UpProj])?),
-            down: required(get(&[DownProj])?),
+            gate_up: or_empty(get(gate_up)?)?,
+            down: or_empty(get(down)?)?,
+            experts,
         });
     }
     let final_norm = required(get(&[Weight::FinalNorm])?);

@@ -4,6 +4,7 @@
 //! - `setup` prepares it: `load` (weights), `ops` (kernels by model dimensions), `gemm` (cuBLASLt, timed once),
 //!   `stream_gemm` (products of few rows on Hopper),
 //!   `plan` (memory), `graph` (one per batch bucket).
+//! - `experts` are mixtures of experts, routed on the device.
 //! - `forward` is the model: which kernel reads and writes which of `buffers`.
 //! - `inputs` packs a step; `sampling` turns logits into tokens.
 //! - `device`, `memory`, `compile`, `kernel`, `libraries`, `status` wrap the driver, Burn's allocator and NVRTC.
@@ -15,6 +16,8 @@ mod buffers;
 mod compile;
 mod device;
 mod executor;
+mod experts;
+mod experts_selftest;
 mod forward;
 mod gemm;
 mod graph;

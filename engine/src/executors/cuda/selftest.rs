@@ -11,16 +11,19 @@ use burn::tensor::Device;
 use super::{
     device::{Event, Gpu},
     executor::CudaExecutor,
+    experts_selftest,
     gemm::{Gemm, GemmOutput, GemmShape, Operands},
     memory::DeviceBuffer,
     status::Check,
 };
 use crate::{
     EngineConfig, Error,
-    decoder::{DecoderSpec, Rope, RopeScaling},
+    decoder::{DecoderSpec, Moe, Rope, RopeScaling},
+    embedding::prompt_step,
     executors::{
+        Executor,
         burn::BurnExecutor,
-        comparison::{Batch, Choice, run},
+        comparison::{Batch, Choice, prompt_token, run},
     },
     weights::{DType, dummy::DummySource},
 };
@@ -89,6 +92,9 @@ pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error>
         }
     }
     let gpu = Gpu::open(device)?;
+    if !is_quick {
+        cases.extend(experts_selftest::compare(&gpu, &models()[0].1)?);
+    }
     let (copy_gb_per_s, matmul_tflop_per_s) = measure(&gpu)?;
     Ok(SelfTestReport {
         device: gpu.name.clone(),
@@ -140,7 +146,30 @@ fn models() -> Vec<(&'static str, DecoderSpec)> {
         rope: Rope { theta: 1_000_000.0, scaling: RopeScaling::None },
         ..llama.clone()
     };
-    vec![("llama, head_dim 128", llama), ("qwen2, head_dim 64, biases, tied", qwen2)]
+    // All experts compute each token: which ones are chosen may differ where two are nearly equal.
+    let moe = Moe {
+        n_experts: 4,
+        n_experts_per_token: 4,
+        intermediate_size: 192,
+        shared_intermediate_size: Some(320),
+        norm_topk_prob: false,
+        dense_layers: vec![],
+    };
+    let all_experts = Moe { n_experts: 3, n_experts_per_token: 3, shared_intermediate_size: None, ..moe.clone() };
+    let qwen2_moe =
+        DecoderSpec { architecture: "Qwen2MoeForCausalLM".into(), qkv_bias: true, moe: Some(moe), ..llama.clone() };
+    let qwen3_moe = DecoderSpec {
+        architecture: "Qwen3MoeForCausalLM".into(),
+        qk_norm: true,
+        moe: Some(Moe { norm_topk_prob: true, ..all_experts }),
+        ..llama.clone()
+    };
+    vec![
+        ("llama, head_dim 128", llama),
+        ("qwen2, head_dim 64, biases, tied", qwen2),
+        ("qwen2-moe, shared expert", qwen2_moe),
+        ("qwen3-moe", qwen3_moe),
+    ]
 }
 
 /// Runs the batches on both executors.
@@ -182,7 +211,24 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
         let difference = if on_device?.tokens == on_host?.tokens { 0.0 } else { f32::INFINITY };
         cases.push((format!("{}, edited on the device", batch.name), difference));
     }
+    let difference = hidden_difference(&mut tuned, &mut oracle, spec)?;
+    cases.push(("hidden states".into(), difference));
     Ok(cases)
+}
+
+/// Difference of the hidden states of a few prompts, over their length.
+fn hidden_difference(tuned: &mut dyn Executor, oracle: &mut dyn Executor, spec: &DecoderSpec) -> Result<f32, Error> {
+    let prompt = |(seq, n): (usize, usize)| (0..n).map(|i| prompt_token(seq, i, spec.vocab_size)).collect::<Vec<_>>();
+    let prompts: Vec<Vec<u32>> = [37, 1, 150].into_iter().enumerate().map(prompt).collect();
+    let texts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let (step, _) = prompt_step(&texts, 0..512);
+    let (got, want) = (tuned.hidden_states(&step)?, oracle.hidden_states(&step)?);
+    if got.len() != want.len() {
+        return Ok(f32::INFINITY);
+    }
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+    let error = squares(&mut got.iter().zip(&want).map(|(a, b)| a - b));
+    Ok((error / squares(&mut want.iter().copied())).sqrt())
 }
 
 /// Copy bandwidth in GB/s and matrix product rate in TFLOP/s.

@@ -6,6 +6,7 @@ use super::{
     buckets::buckets,
     buffers::{KvCache, StepBuffers, StepLimits, page_bytes},
     device::Gpu,
+    experts::{self, ExpertKernels, Experts},
     forward::{Forward, Pending},
     gemm::{Gemm, padded_rows},
     graph::Graph,
@@ -68,8 +69,8 @@ fn check(spec: &DecoderSpec, config: &EngineConfig) -> Result<(), Error> {
             spec.n_heads, spec.n_kv_heads
         ));
     }
-    if spec.moe.is_some() {
-        return unsupported(format!("has no mixtures of experts, which {} needs", spec.architecture));
+    if let Some(Err(what)) = spec.moe.as_ref().map(experts::check) {
+        return unsupported(what);
     }
     if spec.o_bias || spec.mlp_bias {
         return unsupported("has no biases on the attention output or in the MLP".into());
@@ -120,6 +121,9 @@ pub(super) fn run(
     weights: &dyn WeightSource,
     config: &EngineConfig,
 ) -> Result<Setup, Error> {
+    // The MLP of a model with experts is the shared one. Without one, none runs, but kernels are compiled for a width.
+    let mlp_size = spec.moe.as_ref().map(|moe| moe.shared_intermediate_size.unwrap_or(moe.intermediate_size));
+    let spec = &DecoderSpec { intermediate_size: mlp_size.unwrap_or(spec.intermediate_size), ..spec.clone() };
     check(spec, config)?;
     let (limits, max_len) = limits(gpu, spec, config)?;
     let started = Instant::now();
@@ -128,15 +132,17 @@ pub(super) fn run(
         LoadFormat::Auto => Origin::Source(weights),
     };
     // Kernels compile and the rotation table is made while the weights load.
-    let (ops, stream_kernels, table, weights) = std::thread::scope(|scope| {
+    let (ops, stream_kernels, expert_kernels, table, weights) = std::thread::scope(|scope| {
         let ops = scope.spawn(|| Ops::new(gpu, spec));
         let stream_kernels = scope.spawn(|| StreamKernels::new(gpu));
+        let expert_kernels = scope.spawn(|| ExpertKernels::new(gpu, spec));
         let table = scope.spawn(|| cos_sin(spec, max_len));
         let weights = load::load(gpu, spec, origin);
         let panicked = || Error::Device("a thread panicked while the model was prepared".into());
         Ok::<_, Error>((
             ops.join().map_err(|_| panicked())??,
             stream_kernels.join().map_err(|_| panicked())??,
+            expert_kernels.join().map_err(|_| panicked())??,
             table.join().map_err(|_| panicked())?,
             weights?,
         ))
@@ -150,11 +156,14 @@ pub(super) fn run(
     let cos_sin = DeviceBuffer::new(gpu, table.len() * 4, "the rotation table")?;
     cos_sin.write(gpu, 0, &table)?;
     let stream_gemm = stream_kernels.map(|kernels| StreamGemm::new(gpu, kernels, spec, &weights, &buffers));
+    let experts =
+        expert_kernels.map(|kernels| Experts::new(gpu, kernels, spec, limits.max_tokens.max(limits.max_seqs)));
     let mut forward = Forward {
         spec: spec.clone(),
         ops,
         gemm: Gemm::new(gpu)?,
         stream_gemm: stream_gemm.transpose()?,
+        experts: experts.transpose()?,
         weights,
         buffers,
         layout,
@@ -241,7 +250,8 @@ fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Erro
     let (h, logits) = (b.h.ptr(), b.logits.ptr());
     for &m in &sizes {
         for (i, product) in Product::LAYER.into_iter().enumerate() {
-            if !forward.streams(product, m) {
+            let runs = forward.has_mlp() || !matches!(product, Product::GateUp | Product::Down);
+            if runs && !forward.streams(product, m) {
                 let shape = forward.gemm_shape(product, m);
                 forward.gemm.tune(gpu, shape, &weights[i], xy[i])?;
             }
@@ -285,7 +295,7 @@ fn capture(gpu: &Gpu, forward: &mut Forward, sizes: &[usize]) -> Result<Vec<[Gra
         .iter()
         .map(|&bucket| {
             // Once without capturing: libraries load their kernels at first use.
-            if bucket == 1 || bucket > forward.ops.max_gemv_rows() {
+            if bucket == 1 || !forward.uses_gemv(bucket) {
                 forward.decode(gpu, bucket, Contexts::Long)?;
                 gpu.synchronize()?;
             }
