@@ -109,7 +109,7 @@ fn check(name: &str) {
         let difference = greatest(&differences(&golden, &scores(&mut portable, &prompts, chunk)));
         let mut tuned_differences = differences(&golden, &scores(&mut tuned, &prompts, chunk));
         if model.spec.moe.is_some() {
-            // Of two experts that are nearly equal, half precision may choose the other, for a token in a hundred.
+            // Of two experts that are nearly equal, half precision may choose the other.
             tuned_differences.sort_by(f32::total_cmp);
             tuned_differences.truncate(tuned_differences.len() * 9 / 10);
         }

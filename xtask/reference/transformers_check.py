@@ -42,6 +42,11 @@ MODELS = {
     "qwen2, biases, head_dim 128": lambda: transformers.Qwen2Config(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
         vocab_size=VOCAB, max_position_embeddings=4096, tie_word_embeddings=False),
+    # All experts compute each token: which ones are chosen may differ where two are nearly equal.
+    "qwen2_moe, head_dim 64": lambda: transformers.Qwen2MoeConfig(
+        hidden_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, vocab_size=VOCAB,
+        max_position_embeddings=4096, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=4,
+        moe_intermediate_size=192, shared_expert_intermediate_size=320, norm_topk_prob=False),
 }
 
 
@@ -64,8 +69,8 @@ def make_checkpoint(config, folder):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(0, weight.shape[1] ** -0.5 if "embed" not in name else 0.3)
+            if weight.dim() >= 2:
+                weight.normal_(0, weight.shape[-1] ** -0.5 if "embed" not in name else 0.3)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.2)
             else:

@@ -244,7 +244,7 @@ impl Checkpoint {
         let forced = run(&mut tuned, &batch, spec.vocab_size, Choice::Forced(&scores.tokens)).expect("runs");
         let mut tuned_differences = distances(&oracle, &batch, &forced, spec.vocab_size);
         if spec.moe.is_some() {
-            // Of two experts that are nearly equal, half precision may choose the other, for a token in a hundred.
+            // Of two experts that are nearly equal, half precision may choose the other.
             tuned_differences.sort_by(f32::total_cmp);
             tuned_differences.truncate(tuned_differences.len() * 9 / 10);
         }
