@@ -33,6 +33,7 @@ pub mod grammar;
 pub mod kv_pool;
 pub mod models;
 mod pace;
+mod prompt_share;
 pub mod quant;
 pub mod request;
 pub mod sampler;

@@ -66,6 +66,28 @@ fn decoding_comes_before_prompts_and_first_in_the_step() {
 }
 
 #[test]
+fn prompts_beside_decoding_sequences_have_a_budget_of_their_own() {
+    let mut scheduler = Scheduler::new(config(16));
+    scheduler.set_prompt_budget(3);
+    let mut query_lens = Vec::new();
+    scheduler.add(sequence(10..14, 4));
+    for _ in 0..2 {
+        let step = scheduler.plan().expect("work");
+        query_lens.push(step.seqs.iter().map(|s| s.query_len).collect::<Vec<_>>());
+        scheduler.complete(run(&step, |_, _| 50));
+        scheduler.add(sequence(20..60, 1));
+    }
+    scheduler.set_prompt_budget(0);
+    for _ in 0..3 {
+        let step = scheduler.plan().expect("work");
+        query_lens.push(step.seqs.iter().map(|s| s.query_len).collect::<Vec<_>>());
+        scheduler.complete(run(&step, |_, _| 50));
+    }
+    // Alone it has the whole step; beside the prompt's chunk each token comes; then the decoding sequence has ended.
+    assert_eq!(query_lens, [vec![4], vec![1, 3], vec![1], vec![1], vec![32]]);
+}
+
+#[test]
 fn stop_tokens_end_a_sequence_and_primary_eos_has_no_reason() {
     for (token, params, end) in [
         (EOS, SamplingParams::default(), Some(None)),

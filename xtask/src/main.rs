@@ -6,6 +6,7 @@ mod ci;
 mod dummy_model;
 mod gpu_check;
 mod gpu_pack;
+mod head_of_line;
 mod kernels;
 mod model;
 mod pypi;
@@ -31,6 +32,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run every check that a change must pass, cheapest first.
     Ci(ci::CiArgs),
+    /// Measure how much long prompts hold up the streams beside them.
+    HeadOfLine(head_of_line::HeadOfLineArgs),
     /// Fetch a small real model into the cache folder and print its path.
     Model(model::ModelArgs),
     /// Compile every CUDA kernel for each supported architecture; needs no GPU and no CUDA installation.
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => bench::run(&args),
         Command::Ci(args) => ci::run(&args),
+        Command::HeadOfLine(args) => head_of_line::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::GpuPack(args) => gpu_pack::run(&args),

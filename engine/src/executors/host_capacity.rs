@@ -65,6 +65,7 @@ pub(super) fn plan(spec: &DecoderSpec, config: &EngineConfig, element_size: usiz
         max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS),
         max_model_len,
         max_in_flight: 1,
+        bounds_prompt_share: true,
         max_logprobs: spec.vocab_size,
     })
 }

@@ -28,6 +28,8 @@ pub struct Capacity {
     pub max_model_len: usize,
     /// Steps that may be launched before the first is collected.
     pub max_in_flight: usize,
+    /// Whether a prompt chunk is kept so short that it does not much hold up the sequences that decode beside it.
+    pub bounds_prompt_share: bool,
     /// Best tokens whose log-probabilities a row can have.
     pub max_logprobs: usize,
 }

@@ -185,6 +185,8 @@ pub(super) fn run(
         max_num_batched_tokens: limits.max_tokens,
         max_model_len,
         max_in_flight: 2,
+        // A step reads all weights anyway, and thousands of prompt tokens fit in beside that.
+        bounds_prompt_share: false,
         max_logprobs: super::sampling::MAX_TOP.min(spec.vocab_size),
     };
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
