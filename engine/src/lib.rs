@@ -35,6 +35,7 @@ pub mod models;
 mod pace;
 mod prompt_share;
 pub mod quant;
+mod repetition;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;
@@ -49,6 +50,7 @@ pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;
 pub use grammar::{OutputForm, StructuredOutputs};
+pub use repetition::RepetitionDetection;
 pub use request::{
     Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
 };

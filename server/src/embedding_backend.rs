@@ -42,6 +42,7 @@ impl EmbeddingBackend {
             n_kv_tokens: 0,
             max_logprobs: 0,
             executor: format!("device cpu, float32, embeddings of {} dimensions", engine.n_dimensions()),
+            eos_token_ids: Vec::new(),
             created,
         };
         Ok(Self { engine, info, defaults: SamplingParams::default() })
