@@ -4,6 +4,7 @@ mod bench;
 mod child;
 mod ci;
 mod dummy_model;
+mod fuzz;
 mod gpu_check;
 mod gpu_pack;
 mod head_of_line;
@@ -32,6 +33,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run every check that a change must pass, cheapest first.
     Ci(ci::CiArgs),
+    /// Run the fuzz targets, each for a while.
+    Fuzz(fuzz::FuzzArgs),
     /// Measure how much long prompts hold up the streams beside them.
     HeadOfLine(head_of_line::HeadOfLineArgs),
     /// Fetch a small real model into the cache folder and print its path.
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => bench::run(&args),
         Command::Ci(args) => ci::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::HeadOfLine(args) => head_of_line::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
