@@ -11,6 +11,7 @@ mod head_of_line;
 mod kernels;
 mod model;
 mod pypi;
+mod soak;
 mod table;
 mod tidy;
 
@@ -41,6 +42,8 @@ enum Command {
     Model(model::ModelArgs),
     /// Compile every CUDA kernel for each supported architecture; needs no GPU and no CUDA installation.
     Kernels(kernels::KernelsArgs),
+    /// Put a server under mixed load for a long time: nothing may fail or leak.
+    Soak(soak::SoakArgs),
     /// Build and pack what a GPU machine without a Rust toolchain needs.
     GpuPack(gpu_pack::GpuPackArgs),
     /// On a GPU machine: correctness, sanitizer and speed in one run, one table.
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::HeadOfLine(args) => head_of_line::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::GpuPack(args) => gpu_pack::run(&args),
         Command::GpuCheck(args) => gpu_check::run(&args),
     };
