@@ -8,6 +8,7 @@ mod fuzz;
 mod gpu_check;
 mod gpu_pack;
 mod head_of_line;
+mod http_bench;
 mod kernels;
 mod model;
 mod pypi;
@@ -38,6 +39,8 @@ enum Command {
     Fuzz(fuzz::FuzzArgs),
     /// Measure how much long prompts hold up the streams beside them.
     HeadOfLine(head_of_line::HeadOfLineArgs),
+    /// Measure the HTTP layer over an engine that answers at once.
+    HttpBench(http_bench::HttpBenchArgs),
     /// Fetch a small real model into the cache folder and print its path.
     Model(model::ModelArgs),
     /// Compile every CUDA kernel for each supported architecture; needs no GPU and no CUDA installation.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Ci(args) => ci::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::HeadOfLine(args) => head_of_line::run(&args),
+        Command::HttpBench(args) => http_bench::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Soak(args) => soak::run(&args),
