@@ -3,6 +3,7 @@
 mod bench;
 mod child;
 mod ci;
+mod clients;
 mod dummy_model;
 mod fuzz;
 mod gpu_check;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// Build server and load generator, fetch the model, measure, and write tables.
     Bench(bench::BenchArgs),
+    /// Run strangers' clients, schemathesis and a browser against the built server.
+    Clients(clients::ClientsArgs),
     /// Run every check that a change must pass, cheapest first.
     Ci(ci::CiArgs),
     /// Run the fuzz targets, each for a while.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => bench::run(&args),
         Command::Ci(args) => ci::run(&args),
+        Command::Clients(args) => clients::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::HeadOfLine(args) => head_of_line::run(&args),
         Command::HttpBench(args) => http_bench::run(&args),
