@@ -15,4 +15,6 @@ pub enum FinishReason {
     ToolCalls,
     /// Cancelled.
     Abort,
+    /// It went round in circles, and the request had asked to end it then.
+    Repetition,
 }

@@ -67,6 +67,8 @@ pub struct EngineInfo {
     pub n_kv_tokens: usize,
     /// Device, element type and memory plan, in one line.
     pub executor: String,
+    /// End-of-sequence tokens, primary first.
+    pub eos_token_ids: Vec<u32>,
     /// When the model was loaded, seconds since the Unix epoch.
     pub created: u64,
 }
@@ -146,6 +148,7 @@ impl Engine {
                 max_logprobs: capacity.max_logprobs,
                 n_kv_tokens: capacity.n_pages * crate::step::PAGE_SIZE,
                 executor,
+                eos_token_ids: generation.eos_token_ids.clone(),
                 created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             },
             tokenizer,

@@ -22,6 +22,9 @@ use crate::{
     text::{Detokenizer, StopMatcher, Tokenizer},
 };
 
+/// The stop reason of an output that went round in circles, in vLLM's words.
+const REPETITION: &str = "repetition_detected";
+
 /// What the engine's thread sends about one sequence.
 #[derive(Debug)]
 pub(crate) enum TokenEvent {
@@ -194,7 +197,9 @@ impl Sequence {
         let finish = match (stopped_by, end) {
             (Some(stop), _) => Some(Finish { reason: FinishReason::Stop, stop_reason: Some(StopReason::Text(stop)) }),
             (None, Some(end)) => {
-                Some(Finish { reason: end.reason, stop_reason: end.stop_token.map(StopReason::Token) })
+                let repetition = || (end.reason == FinishReason::Repetition).then(|| REPETITION.to_owned());
+                let stop_reason = end.stop_token.map(StopReason::Token).or_else(|| repetition().map(StopReason::Text));
+                Some(Finish { reason: end.reason, stop_reason })
             }
             (None, None) => None,
         };

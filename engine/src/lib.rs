@@ -33,7 +33,9 @@ pub mod grammar;
 pub mod kv_pool;
 pub mod models;
 mod pace;
+mod prompt_share;
 pub mod quant;
+mod repetition;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;
@@ -48,6 +50,7 @@ pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;
 pub use grammar::{OutputForm, StructuredOutputs};
+pub use repetition::RepetitionDetection;
 pub use request::{
     Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
 };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ember_common::FinishReason;
 
-use crate::{Error, StructuredOutputs};
+use crate::{Error, RepetitionDetection, StructuredOutputs};
 
 /// A prompt, as text or as token ids that bypass the tokenizer.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,6 +81,8 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// End-of-sequence and stop tokens are banned until this many tokens came.
     pub min_tokens: u32,
+    /// End an output that goes round in circles.
+    pub repetition_detection: Option<RepetitionDetection>,
     /// Most output tokens; `None` means up to the context's end. Clamped to the context.
     pub max_tokens: Option<u32>,
     /// Log-probabilities of the sampled token and of this many best ones (`Some(0)`: sampled only).
@@ -112,6 +114,7 @@ impl Default for SamplingParams {
             include_stop_str_in_output: false,
             ignore_eos: false,
             min_tokens: 0,
+            repetition_detection: None,
             max_tokens: None,
             logprobs: None,
             prompt_logprobs: None,
@@ -222,7 +225,7 @@ pub struct TokenLogprobs {
 pub enum StopReason {
     /// One of `stop_token_ids` or a secondary end-of-sequence token.
     Token(u32),
-    /// One of the `stop` strings.
+    /// One of the `stop` strings, or `repetition_detected`.
     Text(String),
 }
 

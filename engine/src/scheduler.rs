@@ -2,7 +2,8 @@
 //! preemption by recompute, first come first served or by priority. Pure: no tensors, no clock, no IO.
 //!
 //! A step first takes one token of every decoding sequence, then prompt chunks of running
-//! sequences, then new sequences, until the budget is spent. When pages run out, the sequence that
+//! sequences, then new sequences, until the budget is spent: a smaller one, if the caller has set it,
+//! for prompts beside decoding sequences. When pages run out, the sequence that
 //! is last in the order of (priority, arrival) gives its pages back and is computed again later.
 
 use std::collections::{HashMap, VecDeque};
@@ -26,8 +27,8 @@ pub struct SchedulerConfig {
     pub max_num_seqs: usize,
     /// Most tokens in a step.
     pub max_num_batched_tokens: usize,
-    /// Most tokens in a step in which sequences decode; there is always room for a page of a prompt.
-    pub max_mixed_tokens: usize,
+    /// Most tokens in a step in which sequences decode, but that there is always room for a page of a prompt.
+    pub max_mixed_rows: usize,
     /// Reuse KV pages of equal prefixes.
     pub enable_prefix_caching: bool,
 }
@@ -96,6 +97,8 @@ pub struct Scheduler {
     /// Came into the batch for the first time and were not asked for yet.
     admitted: Vec<SeqId>,
     free_slots: Vec<u32>,
+    /// Most prompt tokens beside decoding sequences.
+    prompt_budget: usize,
     in_flight: VecDeque<Vec<InFlight>>,
     next_id: SeqId,
     counters: SchedulerCounters,
@@ -111,11 +114,17 @@ impl Scheduler {
             running: Vec::new(),
             admitted: Vec::new(),
             free_slots: (0..config.max_num_seqs as u32).rev().collect(),
+            prompt_budget: usize::MAX,
             in_flight: VecDeque::new(),
             next_id: 0,
             counters: SchedulerCounters::default(),
             config,
         }
+    }
+
+    /// From now on a step in which sequences decode takes at most so many prompt tokens along.
+    pub fn set_prompt_budget(&mut self, n_tokens: usize) {
+        self.prompt_budget = n_tokens;
     }
 
     /// Queues a sequence. `new.max_len` must not exceed what all pages together hold.
@@ -233,7 +242,8 @@ impl Scheduler {
                 }
             }
             if decoding && !planned.is_empty() {
-                *budget = (*budget).min(self.config.max_mixed_tokens.saturating_sub(planned.len()).max(PAGE_SIZE));
+                let rows = self.config.max_mixed_rows.saturating_sub(planned.len()).max(PAGE_SIZE);
+                *budget = (*budget).min(self.prompt_budget).min(rows);
             }
         }
         preempted

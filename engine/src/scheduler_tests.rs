@@ -15,7 +15,7 @@ fn config(n_pages: usize) -> SchedulerConfig {
         n_pages,
         max_num_seqs: 4,
         max_num_batched_tokens: 32,
-        max_mixed_tokens: 32,
+        max_mixed_rows: 32,
         enable_prefix_caching: true,
     }
 }
@@ -61,13 +61,13 @@ fn a_prompt_is_cut_to_the_budget_and_then_decoded() {
 
 #[test]
 fn prompts_beside_decoding_sequences_are_cut_shorter() {
-    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_tokens: 20, ..config(16) });
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_rows: 20, ..config(16) });
     scheduler.add(sequence(10..30, 9));
     assert_eq!(scheduler.plan().expect("work").n_tokens(), 20, "nothing decodes: the whole budget");
     scheduler.add(sequence(100..130, 9));
     let step = scheduler.plan().expect("work");
     assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 19]);
-    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_tokens: 1, ..config(16) });
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_rows: 1, ..config(16) });
     scheduler.add(sequence(10..30, 9));
     scheduler.plan().expect("work");
     scheduler.add(sequence(100..130, 9));
@@ -84,6 +84,28 @@ fn decoding_comes_before_prompts_and_first_in_the_step() {
     let step = scheduler.plan().expect("work");
     assert_eq!(step.seqs.iter().map(|s| s.query_len).collect::<Vec<_>>(), [1, 31]);
     assert_eq!(step.token_ids[0], 50);
+}
+
+#[test]
+fn prompts_beside_decoding_sequences_have_a_budget_of_their_own() {
+    let mut scheduler = Scheduler::new(config(16));
+    scheduler.set_prompt_budget(3);
+    let mut query_lens = Vec::new();
+    scheduler.add(sequence(10..14, 4));
+    for _ in 0..2 {
+        let step = scheduler.plan().expect("work");
+        query_lens.push(step.seqs.iter().map(|s| s.query_len).collect::<Vec<_>>());
+        scheduler.complete(run(&step, |_, _| 50));
+        scheduler.add(sequence(20..60, 1));
+    }
+    scheduler.set_prompt_budget(0);
+    for _ in 0..3 {
+        let step = scheduler.plan().expect("work");
+        query_lens.push(step.seqs.iter().map(|s| s.query_len).collect::<Vec<_>>());
+        scheduler.complete(run(&step, |_, _| 50));
+    }
+    // Alone it has the whole step; beside the prompt's chunk each token comes; then the decoding sequence has ended.
+    assert_eq!(query_lens, [vec![4], vec![1, 3], vec![1], vec![1], vec![32]]);
 }
 
 #[test]

@@ -176,6 +176,10 @@ impl Sequence {
             if params.stop_token_ids.contains(&token) {
                 return Some(SequenceEnd { reason: FinishReason::Stop, stop_token: Some(token), shows_token: false });
             }
+            let output = &self.tokens[self.new.prompt.len()..];
+            if params.repetition_detection.is_some_and(|detection| detection.finds(output)) {
+                return Some(SequenceEnd { reason: FinishReason::Repetition, stop_token: None, shows_token: true });
+            }
         }
         (self.tokens.len() >= self.len_limit()).then_some(SequenceEnd {
             reason: FinishReason::Length,

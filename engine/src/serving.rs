@@ -20,9 +20,10 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::{
     EngineConfig, EngineStats, Error,
     engine::lock,
-    executors::Executor,
+    executors::{Executor, MixedSteps},
     generation::{CancelFlag, TokenEvent},
     pace::Pace,
+    prompt_share::PromptShare,
     scheduler::{Progress, Scheduler, SchedulerConfig},
     sequence::{NewSequence, SeqId},
 };
@@ -92,14 +93,23 @@ impl Caller {
     }
 }
 
+/// A step in flight.
+struct Launched {
+    at: Instant,
+    n_decoding: usize,
+    n_prompt_tokens: usize,
+}
+
 pub(crate) struct Serving {
     executor: Box<dyn Executor>,
     scheduler: Scheduler,
     callers: HashMap<SeqId, Caller>,
     max_in_flight: usize,
-    /// Of the steps in flight, oldest first: whether it only decodes.
-    only_decode: VecDeque<bool>,
+    /// The steps in flight, oldest first.
+    launched: VecDeque<Launched>,
     pace: Pace,
+    /// Set if the executor's prompt chunks are kept short.
+    prompt_share: Option<PromptShare>,
     shared: Arc<Shared>,
 }
 
@@ -110,15 +120,19 @@ impl Serving {
             n_pages: capacity.n_pages,
             max_num_seqs: capacity.max_num_seqs,
             max_num_batched_tokens: capacity.max_num_batched_tokens,
-            max_mixed_tokens: capacity.max_mixed_tokens,
+            max_mixed_rows: match capacity.mixed_steps {
+                MixedSteps::Rows(n) => n,
+                MixedSteps::Timed => usize::MAX,
+            },
             enable_prefix_caching: config.enable_prefix_caching,
         });
         let serving = Self {
             max_in_flight: capacity.max_in_flight,
+            prompt_share: (capacity.mixed_steps == MixedSteps::Timed).then(PromptShare::default),
             executor,
             scheduler,
             callers: HashMap::new(),
-            only_decode: VecDeque::new(),
+            launched: VecDeque::new(),
             pace: Pace::default(),
             shared,
         };
@@ -171,6 +185,9 @@ impl Serving {
                 }
             }
             self.drop_cancelled();
+            if let Some(share) = &self.prompt_share {
+                self.scheduler.set_prompt_budget(share.budget());
+            }
             while self.scheduler.n_in_flight() < self.max_in_flight
                 && let Some(step) = self.scheduler.plan()
             {
@@ -181,17 +198,33 @@ impl Serving {
                     }
                 }
                 self.shared.push_step_size(step.n_tokens());
-                self.only_decode.push_back(step.n_tokens() == step.seqs.len());
+                let n_decoding = step.seqs.iter().filter(|seq| seq.query_len == 1).count();
+                self.launched.push_back(Launched {
+                    at: now,
+                    n_decoding,
+                    n_prompt_tokens: step.n_tokens() - n_decoding,
+                });
                 self.executor.launch(step)?;
             }
             if self.scheduler.n_in_flight() > 0 {
                 let output = self.executor.collect()?;
-                let only_decoded = self.only_decode.pop_front().unwrap_or(false);
-                self.pace.collected(Instant::now(), only_decoded, self.scheduler.n_in_flight() > 1);
+                self.collected();
                 let progress = self.scheduler.complete(output);
                 self.emit(progress);
             }
             self.publish();
+        }
+    }
+
+    /// Takes note of how long the oldest step in flight took.
+    fn collected(&mut self) {
+        let Some(Launched { at, n_decoding, n_prompt_tokens }) = self.launched.pop_front() else {
+            return;
+        };
+        let now = Instant::now();
+        self.pace.collected(now, n_prompt_tokens == 0, self.scheduler.n_in_flight() > 1);
+        if let Some(share) = &mut self.prompt_share {
+            share.ran(now - at, n_decoding, n_prompt_tokens);
         }
     }
 

@@ -143,6 +143,7 @@ impl ApiError {
     /// What went wrong in Anthropic's words.
     pub fn to_anthropic(&self) -> MessageError {
         let kind = match self.status {
+            StatusCode::UNAUTHORIZED => "authentication_error",
             StatusCode::NOT_FOUND => "not_found_error",
             StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
             StatusCode::SERVICE_UNAVAILABLE => "overloaded_error",

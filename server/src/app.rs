@@ -1,15 +1,16 @@
 //! [`App`]: finds the endpoint for a request and answers whatever happens on the way.
 
-use std::{any::Any, convert::Infallible, hash::Hasher, sync::Arc, time::Instant};
+use std::{any::Any, convert::Infallible, hash::Hasher, panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use ember_common::openai::SamplingFields;
 use ember_engine::SamplingParams;
+use futures_util::FutureExt;
 use http_body_util::{BodyExt, Full, Limited, combinators::UnsyncBoxBody};
 use hyper::{HeaderMap, Request, Response, StatusCode, header, http::request::Parts};
 use serde_json::{Map, Value};
 use tower::{BoxError, ServiceBuilder, ServiceExt, util::BoxCloneService};
-use tower_http::{catch_panic::CatchPanicLayer, trace::TraceLayer};
+use tower_http::trace::TraceLayer;
 
 use crate::{
     Admission, ApiError, Backend, auth,
@@ -83,7 +84,6 @@ impl App {
             .option_layer(self.config.cors.clone())
             .map_response(|response: Response<_>| response.map(|body| Body::new(BodyExt::map_err(body, Into::into))))
             .layer(TraceLayer::new_for_http().make_span_with(request_span::<B>).on_failure(()))
-            .layer(CatchPanicLayer::custom(panic_response))
             .service_fn(move |request| {
                 let app = app.clone();
                 async move { Ok::<_, Infallible>(app.respond(request).await) }
@@ -148,13 +148,16 @@ impl App {
         let request_id = parts.headers.get(request_id::HEADER).cloned();
         let path = self.own_path(parts.uri.path()).to_owned();
         if !auth::is_authorized(&self.config.api_keys, &method, &path, &parts.headers) {
-            return auth::unauthorized();
+            return auth::unauthorized(&path);
         }
         let route = match routes::find(&method, &path) {
             Ok(route) => route,
-            Err(allow) => return not_routed(allow),
+            Err(allow) => return not_routed(&path, allow),
         };
-        let mut response = self.call(route, parts, body).await.unwrap_or_else(route.error);
+        // A bug in one request's way is that request's alone.
+        let answered = AssertUnwindSafe(self.call(route, parts, body)).catch_unwind().await;
+        let answered = answered.unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let mut response = answered.unwrap_or_else(|error| routes::failed(&path, error));
         if self.config.enable_request_id_headers && !response.headers().contains_key(request_id::HEADER) {
             let id = request_id.unwrap_or_else(|| {
                 uuid::Uuid::new_v4().simple().to_string().parse().expect("hexadecimal digits are a valid header value")
@@ -192,21 +195,21 @@ fn request_span<B>(request: &Request<B>) -> tracing::Span {
     tracing::debug_span!("http", method = %request.method(), path = request.uri().path(), id = tracing::field::Empty)
 }
 
-fn panic_response(panic: Box<dyn Any + Send>) -> Response<Body> {
+fn panicked(panic: &(dyn Any + Send)) -> ApiError {
     let message = panic
         .downcast_ref::<String>()
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("unknown");
     tracing::error!(panic = message, "a request panicked");
-    ApiError::internal("The server failed on this request; its log has the reason.").into_response()
+    ApiError::internal("The server failed on this request; its log has the reason.")
 }
 
-fn not_routed(allow: Option<String>) -> Response<Body> {
+fn not_routed(path: &str, allow: Option<String>) -> Response<Body> {
     match allow {
-        None => ApiError::http(StatusCode::NOT_FOUND).into_response(),
+        None => routes::failed(path, ApiError::http(StatusCode::NOT_FOUND)),
         Some(allow) => {
-            let mut response = ApiError::http(StatusCode::METHOD_NOT_ALLOWED).into_response();
+            let mut response = routes::failed(path, ApiError::http(StatusCode::METHOD_NOT_ALLOWED));
             if let Ok(allow) = allow.parse() {
                 response.headers_mut().insert(header::ALLOW, allow);
             }

@@ -4,7 +4,11 @@ use bytes::Bytes;
 use hyper::{HeaderMap, Method, Response, StatusCode, header};
 use subtle::ConstantTimeEq;
 
-use crate::app::{Body, full_body};
+use crate::{
+    ApiError,
+    app::{Body, full_body},
+    routes,
+};
 
 /// Paths below these need a key; probes, metrics and tokenisation stay open.
 const GUARDED: [&str; 2] = ["/v1", "/v2"];
@@ -31,8 +35,12 @@ pub fn is_authorized(api_keys: &[String], method: &Method, path: &str, headers: 
     scheme.eq_ignore_ascii_case("bearer") && is_known
 }
 
-/// The answer to a request without a key. Its `error` is a string, unlike every other error.
-pub fn unauthorized() -> Response<Body> {
+/// The answer to a request without a key. Its `error` is a string, unlike every other error; Anthropic's clients get
+/// the object that they know.
+pub fn unauthorized(path: &str) -> Response<Body> {
+    if routes::is_anthropic(path) {
+        return ApiError::http(StatusCode::UNAUTHORIZED).into_anthropic_response();
+    }
     Response::builder()
         .status(StatusCode::UNAUTHORIZED)
         .header(header::CONTENT_TYPE, "application/json")

@@ -75,6 +75,7 @@ impl ChatRequest {
             }
         };
         let reading = Reading { reasoning: reasoning(app, &text, &mut params)?, shows_reasoning, tools };
+        let beams = sampling::beams(fields, &params).map_err(|error| error.rename("structured_outputs", form_param))?;
         let prompt_text = return_prompt_text.then(|| text.clone());
         let ids = prompt::encode_chat(app.clone(), text, fields.add_special_tokens == Some(true)).await?;
         let ids = prompt::fit(app, ids, fields, params.max_tokens)?;
@@ -83,7 +84,7 @@ impl ChatRequest {
         request.priority = priority::of(headers, fields)?;
         // The engine knows `max_tokens` alone; clients may have sent its newer name.
         let name_of_max_tokens = max_tokens_field.map_or("max_tokens", |(name, _)| name);
-        let choices = Choices::start(app, id.clone(), vec![request]).await.map_err(|error| {
+        let choices = Choices::start(app, id.clone(), vec![request], beams).await.map_err(|error| {
             error.rename_field("max_tokens", name_of_max_tokens).rename("structured_outputs", form_param)
         })?;
         Ok(Self { id, params, prompt_text, reading, choices })

@@ -44,6 +44,7 @@ impl EmbeddingBackend {
             n_kv_tokens: 0,
             max_logprobs: 0,
             executor: of.executor.clone(),
+            eos_token_ids: Vec::new(),
             created,
         };
         Ok(Self { engine, info, defaults: SamplingParams::default() })

@@ -18,7 +18,7 @@ use futures_util::{
 
 use tokio::time::Sleep;
 
-use crate::{ApiError, EventStream, Permit, app::App, tracker::Tracker};
+use crate::{ApiError, EventStream, Permit, app::App, beam_search::BeamSearch, tracker::Tracker};
 
 /// Most choices of one request, over all its prompts.
 const MAX_SEQUENCES: usize = 16_384;
@@ -49,13 +49,19 @@ pub struct Choices {
 }
 
 impl Choices {
-    /// Submits one engine request per prompt; all have the same parameters. `id` is for the log.
+    /// Submits one engine request per prompt; all have the same parameters. With `beams` their outputs are searched
+    /// for. `id` is for the log.
     ///
     /// # Errors
     /// Status 503 when the queue is full, else what the engine says.
-    pub async fn start(app: &Arc<App>, id: String, requests: Vec<GenerateRequest>) -> Result<Self, ApiError> {
+    pub(crate) async fn start(
+        app: &Arc<App>,
+        id: String,
+        requests: Vec<GenerateRequest>,
+        beams: Option<BeamSearch>,
+    ) -> Result<Self, ApiError> {
         let params = requests.first().map(|request| &request.params);
-        let n = params.map_or(1, |params| params.n as usize).max(1);
+        let n = beams.map(|beams| beams.width).or(params.map(|params| params.n)).unwrap_or(1).max(1) as usize;
         let max_tokens = params.and_then(|params| params.max_tokens);
         let n_prompts = requests.len();
         if n_prompts * n > MAX_SEQUENCES {
@@ -67,7 +73,7 @@ impl Choices {
         let permit =
             app.admission.admit(n_prompts * n).inspect_err(|_| app.metrics.admission_rejections.increment(1))?;
         let mut streams = Vec::with_capacity(n_prompts);
-        for (idx, submitted) in submit(app, requests).await?.into_iter().enumerate() {
+        for (idx, submitted) in submit(app, requests, beams).await?.into_iter().enumerate() {
             streams.push(submitted.map(move |event| (idx, event)).boxed());
         }
         let tracker = Tracker::start(app.clone(), id, n_prompts, n, max_tokens);
@@ -169,7 +175,15 @@ impl Stream for Choices {
     }
 }
 
-async fn submit(app: &Arc<App>, requests: Vec<GenerateRequest>) -> Result<Vec<EventStream>, ApiError> {
+async fn submit(
+    app: &Arc<App>,
+    requests: Vec<GenerateRequest>,
+    beams: Option<BeamSearch>,
+) -> Result<Vec<EventStream>, ApiError> {
+    if let Some(beams) = beams {
+        let searches = requests.into_iter().map(|request| beams.submit(app.backend.clone(), request));
+        return Ok(searches.collect::<Result<_, _>>()?);
+    }
     let submit = |app: &App, requests: Vec<GenerateRequest>| {
         requests.into_iter().map(|request| app.backend.submit(request)).collect::<Result<Vec<_>, _>>()
     };

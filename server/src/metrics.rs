@@ -217,6 +217,7 @@ impl Metrics {
             Some(FinishReason::Length) => 1,
             None if failed => 3,
             Some(FinishReason::Abort) | None => 2,
+            Some(FinishReason::Repetition) => 4,
         };
         self.request_success[reason].increment(1);
     }

@@ -1,9 +1,9 @@
 //! From the fields of a request and the model's defaults to the engine's [`SamplingParams`].
 
-use ember_common::openai::{OneOrMany, SamplingFields};
-use ember_engine::SamplingParams;
+use ember_common::openai::{OneOrMany, RepetitionDetectionFields, SamplingFields};
+use ember_engine::{RepetitionDetection, SamplingParams};
 
-use crate::{ApiError, structured};
+use crate::{ApiError, beam_search::BeamSearch, structured};
 
 /// Most stop strings of a request.
 const MAX_STOP_STRINGS: usize = 4;
@@ -11,6 +11,8 @@ const MAX_STOP_STRINGS: usize = 4;
 const MIN_TEMPERATURE: f32 = 0.01;
 const MAX_LOGIT_BIAS: f32 = 100.0;
 const MAX_CACHE_SALT_CHARS: usize = 128;
+/// Widest beam search.
+const MAX_BEAMS: u32 = 64;
 
 /// How many log-probabilities there can be.
 #[derive(Debug, Clone, Copy, Default)]
@@ -68,7 +70,8 @@ pub fn params(
         temperature = MIN_TEMPERATURE;
     }
     let mut params = SamplingParams {
-        n: non_negative("n", fields.n)?.unwrap_or(1),
+        // The width of a beam search is not a number of samples.
+        n: if fields.use_beam_search == Some(true) { 1 } else { non_negative("n", fields.n)?.unwrap_or(1) },
         temperature,
         top_p: fields.top_p.unwrap_or(defaults.top_p),
         top_k: top_k(fields.top_k)?.unwrap_or(defaults.top_k),
@@ -90,6 +93,7 @@ pub fn params(
         include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
         ignore_eos: fields.ignore_eos.unwrap_or(false),
         min_tokens: non_negative("min_tokens", fields.min_tokens)?.unwrap_or(0),
+        repetition_detection: repetition_detection(fields.repetition_detection)?,
         max_tokens: max_tokens(endpoint)?.or(defaults.max_tokens).map(|n| n.min(endpoint.most_tokens.unwrap_or(n))),
         logprobs: n_logprobs("logprobs", endpoint.logprobs, endpoint.logprobs_limits)?,
         prompt_logprobs: n_logprobs("prompt_logprobs", prompt_logprobs, endpoint.logprobs_limits)?,
@@ -99,6 +103,64 @@ pub fn params(
         (params.top_p, params.top_k, params.min_p) = (in_range_top_p(&params)?, 0, 0.0);
     }
     Ok(params)
+}
+
+/// What `use_beam_search` asks for; `None` if outputs are sampled.
+///
+/// # Errors
+/// Status 400 for a width or a penalty out of range, and for fields that say how to sample or when to stop: a search
+/// follows the model's own probabilities to the end of the text.
+pub fn beams(fields: &SamplingFields, params: &SamplingParams) -> Result<Option<BeamSearch>, ApiError> {
+    if fields.use_beam_search != Some(true) {
+        return Ok(None);
+    }
+    for (field, is_set) in [
+        ("structured_outputs", params.structured_outputs.is_some()),
+        ("stop", fields.stop.clone().is_some_and(|stop| !stop.into_vec().is_empty())),
+        ("stop_token_ids", fields.stop_token_ids.as_ref().is_some_and(|ids| !ids.is_empty())),
+        ("min_tokens", params.min_tokens > 0),
+        ("repetition_detection", params.repetition_detection.is_some()),
+        ("logit_bias", !params.logit_bias.is_empty()),
+        ("allowed_token_ids", params.allowed_token_ids.is_some()),
+        ("bad_words", !params.bad_words.is_empty()),
+        ("presence_penalty", fields.presence_penalty.is_some_and(|penalty| penalty != 0.0)),
+        ("frequency_penalty", fields.frequency_penalty.is_some_and(|penalty| penalty != 0.0)),
+        ("repetition_penalty", fields.repetition_penalty.is_some_and(|penalty| penalty != 1.0)),
+    ] {
+        if is_set {
+            let message = format!("`{field}` has no effect on a beam search; leave it out, or `use_beam_search`.");
+            return Err(ApiError::invalid(field, message));
+        }
+    }
+    let width = fields.n.unwrap_or(1);
+    let width = u32::try_from(width).ok().filter(|width| (1..=MAX_BEAMS).contains(width)).ok_or_else(|| {
+        ApiError::invalid("n", format!("n must be between 1 and {MAX_BEAMS} with use_beam_search, got {width}."))
+    })?;
+    let length_penalty = fields.length_penalty.unwrap_or(1.0);
+    if !length_penalty.is_finite() {
+        return Err(ApiError::invalid("length_penalty", "length_penalty must be a finite number."));
+    }
+    Ok(Some(BeamSearch { width, length_penalty }))
+}
+
+fn repetition_detection(fields: Option<RepetitionDetectionFields>) -> Result<Option<RepetitionDetection>, ApiError> {
+    let Some(RepetitionDetectionFields { max_pattern_size, min_pattern_size, min_count }) = fields else {
+        return Ok(None);
+    };
+    if max_pattern_size == 0 {
+        return Ok(None);
+    }
+    let min_pattern_size = min_pattern_size.max(1);
+    let wrong = |message: String| Err(ApiError::invalid("repetition_detection", message));
+    if min_pattern_size > max_pattern_size {
+        return wrong(format!("min_pattern_size={min_pattern_size} is above max_pattern_size={max_pattern_size}."));
+    }
+    if min_count < 2 {
+        return wrong(format!("min_count must be at least 2, got {min_count}."));
+    }
+    let [min_pattern_size, max_pattern_size, min_count] =
+        [min_pattern_size, max_pattern_size, min_count].map(|n| n as usize);
+    Ok(Some(RepetitionDetection { min_pattern_size, max_pattern_size, min_count }))
 }
 
 /// Greedy sampling ignores `top_p`, but one out of range is still an error.
@@ -111,17 +173,20 @@ fn in_range_top_p(params: &SamplingParams) -> Result<f32, ApiError> {
 }
 
 fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
-    if fields.use_beam_search == Some(true) {
-        return Err(ApiError::unsupported("use_beam_search"));
-    }
     for (field, value) in [
         ("logprob_token_ids", &fields.logprob_token_ids),
-        ("repetition_detection", &fields.repetition_detection),
         ("thinking_token_budget", &fields.thinking_token_budget),
+        ("watermarking", &fields.watermarking),
+        ("kv_transfer_params", &fields.kv_transfer_params),
+        ("ec_transfer_params", &fields.ec_transfer_params),
+        ("vllm_xargs", &fields.vllm_xargs),
     ] {
         if value.is_some() {
             return Err(ApiError::unsupported(field));
         }
+    }
+    if fields.return_weight_versions == Some(true) {
+        return Err(ApiError::unsupported("return_weight_versions"));
     }
     // Removed upstream, where they are ignored too: the output is not constrained.
     for (field, value) in [

@@ -1,10 +1,10 @@
 //! From a request's `response_format` or `structured_outputs` to the engine's [`StructuredOutputs`].
 
-use ember_common::openai::{SamplingFields, StructuredOutputsFields};
+use ember_common::openai::{SamplingFields, StructuralTagFields, StructuredOutputsFields};
 use ember_engine::{OutputForm, StructuredOutputs};
 use serde_json::Value;
 
-use crate::ApiError;
+use crate::{ApiError, structural_tag};
 
 /// Deepest nesting of a schema.
 const MAX_DEPTH: usize = 64;
@@ -34,11 +34,19 @@ pub fn resolve(fields: &SamplingFields) -> Result<Option<StructuredOutputs>, Api
                 })?;
                 forms.push(json_schema("response_format", schema)?);
             }
-            "structural_tag" => return Err(ApiError::unsupported("structural_tag")),
+            "structural_tag" => {
+                let (Some(structures), Some(triggers)) = (format.structures.clone(), format.triggers.clone()) else {
+                    return Err(ApiError::invalid(
+                        "response_format",
+                        "response_format of type `structural_tag` needs `structures` and `triggers`.",
+                    ));
+                };
+                forms.push(structural_tag("response_format", &StructuralTagFields { structures, triggers })?);
+            }
             other => {
                 return Err(ApiError::invalid(
                     "response_format",
-                    format!("response_format has no type `{other}`: text, json_object, json_schema."),
+                    format!("response_format has no type `{other}`: text, json_object, json_schema, structural_tag."),
                 ));
             }
         }
@@ -59,16 +67,24 @@ pub fn resolve(fields: &SamplingFields) -> Result<Option<StructuredOutputs>, Api
         _ => Err(ApiError::invalid(
             param(fields),
             format!(
-                "Exactly one of `json`, `regex`, `choice`, `grammar`, `json_object` and `response_format` must prescribe the output, got {n_forms}."
+                "Exactly one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag` and `response_format` must prescribe the output, got {n_forms}."
             ),
         )),
     }
 }
 
 fn own_forms(fields: &StructuredOutputsFields) -> Result<Vec<OutputForm>, ApiError> {
-    if fields.structural_tag.is_some() {
-        return Err(ApiError::unsupported("structural_tag"));
-    }
+    let tag = fields.structural_tag.as_ref().map(|tag| {
+        let tag: Result<StructuralTagFields, _> = match tag {
+            Value::String(text) => serde_json::from_str(text),
+            tag => serde_json::from_value(tag.clone()),
+        };
+        let tag = tag.map_err(|error| {
+            let message = format!("structured_outputs.structural_tag: {error}.");
+            ApiError::invalid("structured_outputs", message)
+        })?;
+        structural_tag("structured_outputs", &tag)
+    });
     let json = match &fields.json {
         // As text or as it is.
         Some(Value::String(text)) => Some(serde_json::from_str(text).map_err(|error| {
@@ -86,8 +102,14 @@ fn own_forms(fields: &StructuredOutputsFields) -> Result<Vec<OutputForm>, ApiErr
         fields.choice.clone().map(OutputForm::Choice),
         fields.grammar.clone().map(OutputForm::Grammar),
         (fields.json_object == Some(true)).then_some(OutputForm::JsonObject),
+        tag.transpose()?,
     ];
     Ok(forms.into_iter().flatten().collect())
+}
+
+fn structural_tag(param: &'static str, tag: &StructuralTagFields) -> Result<OutputForm, ApiError> {
+    tag.structures.iter().try_for_each(|structure| json_schema(param, structure.schema.clone()).map(drop))?;
+    structural_tag::to_lark(tag).map(OutputForm::Grammar).map_err(|message| ApiError::invalid(param, message))
 }
 
 fn json_schema(param: &'static str, schema: Value) -> Result<OutputForm, ApiError> {

@@ -42,10 +42,10 @@ impl Interrupt {
 }
 
 /// A child that is stopped when dropped.
-struct Guarded(Child);
+pub struct Guarded(Child);
 
 impl Guarded {
-    fn spawn(command: &mut Command) -> Result<Guarded> {
+    pub fn spawn(command: &mut Command) -> Result<Guarded> {
         let program = command.get_program().to_string_lossy().into_owned();
         // A group of its own: a terminal's Ctrl-C reaches only this process, which then stops its children in order.
         let child = command.process_group(0).stdin(Stdio::null()).spawn();
@@ -150,9 +150,19 @@ impl Server {
 
     /// Peak resident memory so far, in MiB, where the system tells.
     pub fn peak_memory_mib(&self) -> Option<u64> {
+        Some(self.memory_kib("VmHWM:")? / 1024)
+    }
+
+    /// Resident memory in MiB.
+    pub fn resident_mib(&self) -> Result<f64> {
+        let kib = self.memory_kib("VmRSS:").context("/proc does not tell the server's resident memory")?;
+        Ok(kib as f64 / 1024.0)
+    }
+
+    fn memory_kib(&self, name: &str) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.0.id())).ok()?;
-        let line = status.lines().find_map(|it| it.strip_prefix("VmHWM:"))?;
-        Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? / 1024)
+        let line = status.lines().find_map(|it| it.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.trim().parse().ok()
     }
 
     /// Asks the server to drain and end; an error when it had to be killed or ended badly.

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::child::{self, Interrupt};
-use crate::{cargo, kernels, model, project_root, table, tidy};
+use crate::{cargo, clients, kernels, model, project_root, table, tidy};
 
 #[derive(Args)]
 pub struct CiArgs {
@@ -32,14 +32,14 @@ enum Check {
     Cargo(&'static [&'static str]),
     /// As `Cargo`, with the documentation tool's warnings denied.
     Doc(&'static [&'static str]),
-    Own(fn() -> Result<()>),
+    Own(fn(&Interrupt) -> Result<()>),
 }
 
 const STEPS: &[Step] = &[
     Step { name: "format", check: Check::Cargo(&["fmt", "--all", "--check"]) },
-    Step { name: "tidy", check: Check::Own(|| tidy::check(project_root())) },
-    Step { name: "guards", check: Check::Own(check_guards) },
-    Step { name: "kernels", check: Check::Own(kernels::check_all) },
+    Step { name: "tidy", check: Check::Own(|_| tidy::check(project_root())) },
+    Step { name: "guards", check: Check::Own(|_| check_guards()) },
+    Step { name: "kernels", check: Check::Own(|_| kernels::check_all()) },
     Step { name: "clippy", check: Check::Cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]) },
     Step { name: "doc", check: Check::Doc(&["doc", "--no-deps", "-p", "ember-engine"]) },
     // Needs no CUDA installation: the driver and libraries are loaded at run time.
@@ -61,9 +61,11 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "model",
-        check: Check::Own(|| ["minilm", "smollm2"].into_iter().try_for_each(|name| model::fetch(name).map(drop))),
+        check: Check::Own(|_| ["minilm", "smollm2"].into_iter().try_for_each(|name| model::fetch(name).map(drop))),
     },
     Step { name: "test", check: Check::Cargo(&["test", "--workspace"]) },
+    // Runs the server that the tests have built.
+    Step { name: "clients", check: Check::Own(clients::check_all) },
 ];
 
 fn step_names() -> Vec<&'static str> {
@@ -110,7 +112,7 @@ impl Step {
         let mut command = Command::new(cargo());
         command.current_dir(project_root());
         match self.check {
-            Check::Own(check) => return check(),
+            Check::Own(check) => return check(interrupt),
             Check::Cargo(args) => command.args(args),
             Check::Doc(args) => command.args(args).env("RUSTDOCFLAGS", "-D warnings"),
         };

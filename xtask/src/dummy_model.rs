@@ -14,6 +14,8 @@ pub struct DummyModel {
 }
 
 pub const LLAMA_3_1_8B: DummyModel = DummyModel { name: "llama-3.1-8b", vocab_size: 128_256, config: llama_config };
+/// For what is asked of the server alone: the model takes next to no time.
+pub const TINY: DummyModel = DummyModel { name: "tiny", vocab_size: 512, config: tiny_config };
 pub const QWEN2_0_5B: DummyModel = DummyModel { name: "qwen2-0.5b", vocab_size: 151_936, config: qwen2_config };
 
 fn llama_config() -> Value {
@@ -27,6 +29,15 @@ fn llama_config() -> Value {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+    })
+}
+
+fn tiny_config() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 512, "max_position_embeddings": 1024, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false, "rope_theta": 10000.0, "eos_token_id": 511,
     })
 }
 
@@ -96,7 +107,7 @@ mod tests {
 
     #[test]
     fn each_id_of_the_vocabulary_has_one_token() {
-        for model in [LLAMA_3_1_8B, QWEN2_0_5B] {
+        for model in [LLAMA_3_1_8B, QWEN2_0_5B, TINY] {
             let tokenizer = tokenizer(model.vocab_size);
             let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
             assert_eq!(vocab.len(), model.vocab_size as usize, "{}", model.name);

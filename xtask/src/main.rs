@@ -3,12 +3,17 @@
 mod bench;
 mod child;
 mod ci;
+mod clients;
 mod dummy_model;
+mod fuzz;
 mod gpu_check;
 mod gpu_pack;
+mod head_of_line;
+mod http_bench;
 mod kernels;
 mod model;
 mod pypi;
+mod soak;
 mod table;
 mod tidy;
 
@@ -29,12 +34,22 @@ struct Cli {
 enum Command {
     /// Build server and load generator, fetch the model, measure, and write tables.
     Bench(bench::BenchArgs),
+    /// Run strangers' clients, schemathesis and a browser against the built server.
+    Clients(clients::ClientsArgs),
     /// Run every check that a change must pass, cheapest first.
     Ci(ci::CiArgs),
+    /// Run the fuzz targets, each for a while.
+    Fuzz(fuzz::FuzzArgs),
+    /// Measure how much long prompts hold up the streams beside them.
+    HeadOfLine(head_of_line::HeadOfLineArgs),
+    /// Measure the HTTP layer over an engine that answers at once.
+    HttpBench(http_bench::HttpBenchArgs),
     /// Fetch a small real model into the cache folder and print its path.
     Model(model::ModelArgs),
     /// Compile every CUDA kernel for each supported architecture; needs no GPU and no CUDA installation.
     Kernels(kernels::KernelsArgs),
+    /// Put a server under mixed load for a long time: nothing may fail or leak.
+    Soak(soak::SoakArgs),
     /// Build and pack what a GPU machine without a Rust toolchain needs.
     GpuPack(gpu_pack::GpuPackArgs),
     /// On a GPU machine: correctness, sanitizer and speed in one run, one table.
@@ -45,8 +60,13 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => bench::run(&args),
         Command::Ci(args) => ci::run(&args),
+        Command::Clients(args) => clients::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
+        Command::HeadOfLine(args) => head_of_line::run(&args),
+        Command::HttpBench(args) => http_bench::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Kernels(args) => kernels::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::GpuPack(args) => gpu_pack::run(&args),
         Command::GpuCheck(args) => gpu_check::run(&args),
     };

@@ -13,8 +13,12 @@ pub struct EmbeddingFields {
     pub model: Option<String>,
     /// One text or several, as text or token ids.
     pub input: PromptInput,
-    /// `float` (default) or `base64`: little-endian float32.
+    /// `float` (default) or `base64`.
     pub encoding_format: Option<String>,
+    /// With `base64`: `float32` (default), `float16` or `bfloat16`.
+    pub embed_dtype: Option<String>,
+    /// With `base64`: `native` (default), `little` or `big`.
+    pub endianness: Option<String>,
     /// Only what the model has: there is no model here that can be cut.
     pub dimensions: Option<i64>,
     /// Keep at most this many tokens of each text; -1: as many as the model takes.
@@ -28,6 +32,12 @@ pub struct EmbeddingFields {
     /// Not supported: the model's own configuration says it.
     #[schemars(skip)]
     pub normalize: Option<Value>,
+    /// Only `true`, for the same reason.
+    #[schemars(skip)]
+    pub use_activation: Option<bool>,
+    /// Not supported: vectors do not depend on it.
+    #[schemars(skip)]
+    pub padding: Option<Value>,
 }
 
 /// The answer of `POST /v1/embeddings`.

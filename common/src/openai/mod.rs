@@ -37,8 +37,8 @@ pub use responses::{
     ReasoningOptions, ResponseError, ResponseEvent, ResponseEventKind, ResponseInput, ResponseText, ResponseUsage,
     ResponsesFields, TextFormat, TextOptions,
 };
-pub use sampling::{OneOrMany, SamplingFields, StopReason, StreamOptions};
-pub use structured::{JsonSchemaFormat, ResponseFormat, StructuredOutputsFields};
+pub use sampling::{OneOrMany, RepetitionDetectionFields, SamplingFields, StopReason, StreamOptions};
+pub use structured::{JsonSchemaFormat, ResponseFormat, StructuralTagFields, Structure, StructuredOutputsFields};
 pub use tokenize::{DetokenizeFields, Detokenized, TokenizeFields, Tokenized};
 pub use tools::{
     FunctionCall, FunctionCallDelta, FunctionName, FunctionTool, Tool, ToolCall, ToolCallDelta, ToolChoice,

@@ -46,14 +46,38 @@ pub struct SamplingFields {
     pub priority: Option<i64>,
     pub structured_outputs: Option<super::StructuredOutputsFields>,
     pub response_format: Option<super::ResponseFormat>,
+    /// The best `n` outputs of a search that keeps `n` at each step, in place of sampling.
     pub use_beam_search: Option<bool>,
+    /// With `use_beam_search`: above 1 prefers long outputs.
+    pub length_penalty: Option<f64>,
+    pub repetition_detection: Option<RepetitionDetectionFields>,
+    /// Without effect: nothing is put between special tokens.
+    pub spaces_between_special_tokens: Option<bool>,
     pub logprob_token_ids: Option<Value>,
-    pub repetition_detection: Option<Value>,
     pub thinking_token_budget: Option<Value>,
+    pub watermarking: Option<Value>,
+    pub kv_transfer_params: Option<Value>,
+    pub ec_transfer_params: Option<Value>,
+    pub vllm_xargs: Option<Value>,
+    pub return_weight_versions: Option<bool>,
     pub guided_json: Option<Value>,
     pub guided_regex: Option<Value>,
     pub guided_choice: Option<Value>,
     pub guided_grammar: Option<Value>,
+}
+
+/// When an output that goes round in circles is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+pub struct RepetitionDetectionFields {
+    /// Tokens of the longest pattern that is looked for; 0 looks for none.
+    #[serde(default)]
+    pub max_pattern_size: u32,
+    /// Tokens of the shortest; 0 counts as 1.
+    #[serde(default)]
+    pub min_pattern_size: u32,
+    /// Times that a pattern must follow itself, at least 2.
+    #[serde(default)]
+    pub min_count: u32,
 }
 
 /// What a stream carries beside text.

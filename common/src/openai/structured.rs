@@ -12,6 +12,30 @@ pub struct ResponseFormat {
     pub kind: String,
     /// With `json_schema`.
     pub json_schema: Option<JsonSchemaFormat>,
+    /// With `structural_tag`.
+    pub structures: Option<Vec<Structure>>,
+    /// With `structural_tag`.
+    pub triggers: Option<Vec<String>>,
+}
+
+/// Free text with parts of a prescribed form.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+pub struct StructuralTagFields {
+    /// The parts.
+    pub structures: Vec<Structure>,
+    /// Texts after which one of the parts that begin with them must come.
+    pub triggers: Vec<String>,
+}
+
+/// A part of a prescribed form.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+pub struct Structure {
+    /// Its beginning, which begins with a trigger.
+    pub begin: String,
+    /// JSON schema of what is between.
+    pub schema: Value,
+    /// Its end.
+    pub end: String,
 }
 
 /// A named schema.
@@ -34,6 +58,7 @@ pub struct StructuredOutputsFields {
     /// In Lark's or GBNF's notation.
     pub grammar: Option<String>,
     pub json_object: Option<bool>,
+    /// A [`StructuralTagFields`], or its JSON as text.
     pub structural_tag: Option<Value>,
     pub disable_any_whitespace: Option<bool>,
     pub disable_additional_properties: Option<bool>,

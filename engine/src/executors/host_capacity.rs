@@ -1,6 +1,6 @@
 //! What an executor that computes in main memory can hold.
 
-use super::Capacity;
+use super::{Capacity, MixedSteps};
 use crate::{EngineConfig, Error, decoder::DecoderSpec, step::PAGE_SIZE};
 
 /// Most sequences in a step unless the operator says otherwise.
@@ -65,7 +65,7 @@ pub(super) fn plan(spec: &DecoderSpec, config: &EngineConfig, element_size: usiz
         max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS),
         max_model_len,
         max_in_flight: 1,
-        max_mixed_tokens: usize::MAX,
+        mixed_steps: MixedSteps::Timed,
         max_logprobs: spec.vocab_size,
     })
 }

@@ -31,12 +31,20 @@ pub struct Capacity {
     pub max_model_len: usize,
     /// Steps that may be launched before the first is collected.
     pub max_in_flight: usize,
-    /// Most query rows in a step that has both decoding sequences and prompt chunks. Such a step reads the weights once
-    /// for both, so many short chunks cost little more than a few long ones, and every decoding sequence goes on beside
-    /// each of them.
-    pub max_mixed_tokens: usize,
+    /// How long prompt chunks are beside decoding sequences.
+    pub mixed_steps: MixedSteps,
     /// Best tokens whose log-probabilities a row can have.
     pub max_logprobs: usize,
+}
+
+/// How a prompt chunk is cut in a step in which sequences decode, all of which it holds up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MixedSteps {
+    /// So that the step has so many query rows at most: on a device whose time for a step is that of reading the weights
+    /// until there are some hundred rows.
+    Rows(usize),
+    /// By measured times, so that the step takes at most a few times as long as one that only decodes.
+    Timed,
 }
 
 /// Runs forward steps and samples.

@@ -40,6 +40,14 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         logprobs_limits: app.logprobs_limits(),
     };
     let params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
+    let beams = sampling::beams(&fields, &params)
+        .map_err(|error| error.rename("structured_outputs", structured::param(&fields)))?;
+    if beams.is_some() && fields.stream == Some(true) {
+        return Err(ApiError::invalid(
+            "use_beam_search",
+            "Beam search has no output before its end: it cannot stream.",
+        ));
+    }
     let id = request_id::resolve(&call.parts.headers, fields.request_id.as_deref());
     tracing::Span::current().record("id", &id);
 
@@ -59,11 +67,11 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         request.priority = priority::of(&call.parts.headers, &fields)?;
         requests.push(request);
     }
-    let n = params.n as usize;
+    let n = beams.map_or(params.n, |beams| beams.width) as usize;
     let n_prompts = requests.len();
     let mut usage = UsageMeter::new(&app.config, fields.stream_options, n_prompts, n);
     usage.only_prompts = only_echo;
-    let mut choices = Choices::start(&app, id.clone(), requests)
+    let mut choices = Choices::start(&app, id.clone(), requests, beams)
         .await
         .map_err(|error| error.rename("structured_outputs", structured::param(&fields)))?;
     let frames = CompletionFrames {

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
-use ember_common::openai::{Embedding, EmbeddingFields, EmbeddingList, EmbeddingValue, PoolingUsage, PromptInput};
+use ember_common::openai::{Embedding, EmbeddingFields, EmbeddingList, PoolingUsage, PromptInput};
 use hyper::Response;
 
 use super::Call;
 use crate::{
     ApiError,
     app::{App, Body},
+    embedding_encoding::EmbeddingEncoding,
     json,
     prompt::{self, check_vocabulary},
 };
@@ -20,16 +20,17 @@ const MAX_TEXTS: usize = 2048;
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
     let fields: EmbeddingFields = json::parse(&call.body)?;
     let model = app.model_name(fields.model.as_deref())?.to_owned();
-    for (is_set, field) in [(fields.messages.is_some(), "messages"), (fields.normalize.is_some(), "normalize")] {
+    for (is_set, field) in [
+        (fields.messages.is_some(), "messages"),
+        (fields.normalize.is_some(), "normalize"),
+        (fields.use_activation == Some(false), "use_activation"),
+        (fields.padding.is_some(), "padding"),
+    ] {
         if is_set {
             return Err(ApiError::unsupported(field));
         }
     }
-    let is_base64 = match fields.encoding_format.as_deref() {
-        None | Some("float") => false,
-        Some("base64") => true,
-        Some(_) => return Err(ApiError::invalid("encoding_format", "encoding_format must be `float` or `base64`.")),
-    };
+    let encoding = EmbeddingEncoding::of(&fields)?;
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, fields.truncation_side.as_deref())?;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
     let texts = match fields.input {
@@ -55,19 +56,13 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         let message = format!("This model's vectors have {} dimensions and cannot be cut.", vectors[0].len());
         return Err(ApiError::invalid("dimensions", message));
     }
-    let value = |vector: Vec<f32>| match is_base64 {
-        true => EmbeddingValue::Base64(
-            BASE64_STANDARD.encode(vector.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
-        ),
-        false => EmbeddingValue::Floats(vector),
-    };
     let data = vectors.into_iter().enumerate();
     json::response(&EmbeddingList {
         id: format!("embd-{}", uuid::Uuid::new_v4().simple()),
         object: "list",
         created: app.now(),
         model,
-        data: data.map(|(index, v)| Embedding { index, object: "embedding", embedding: value(v) }).collect(),
+        data: data.map(|(index, v)| Embedding { index, object: "embedding", embedding: encoding.value(v) }).collect(),
         usage: PoolingUsage::of(n_tokens),
     })
 }

@@ -47,6 +47,8 @@ pub struct Call {
 const GET: &[Method] = &[Method::GET];
 const POST: &[Method] = &[Method::POST];
 const GET_OR_POST: &[Method] = &[Method::GET, Method::POST];
+/// Here and below errors have Anthropic's shape.
+const MESSAGES: &str = "/v1/messages";
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, ApiError>> + Send>>;
 
@@ -64,8 +66,6 @@ pub struct Route {
     pub request: &'static [SchemaOf],
     /// Its answer's body.
     pub answer: AnswerBody,
-    /// The answer to a request that failed.
-    pub error: fn(ApiError) -> Response<Body>,
     /// Answers a request.
     pub handler: fn(Arc<App>, Call) -> Answer,
 }
@@ -108,7 +108,6 @@ pub const ROUTES: &[Route] = &[
         summary: "Token ids to text.",
         request: &[schema::<DetokenizeFields>()],
         answer: AnswerBody::Json(schema::<Detokenized>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(detokenize::answer(app, call)),
     },
     probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
@@ -137,7 +136,6 @@ pub const ROUTES: &[Route] = &[
         summary: "A text or a conversation to token ids.",
         request: &[schema::<TokenizeFields>()],
         answer: AnswerBody::Json(schema::<Tokenized>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(tokenize::answer(app, call)),
     },
     Route {
@@ -147,7 +145,6 @@ pub const ROUTES: &[Route] = &[
         summary: "Answers a conversation.",
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(chat_completions::answer(app, call)),
     },
     Route {
@@ -157,7 +154,6 @@ pub const ROUTES: &[Route] = &[
         summary: "Continues prompts.",
         request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(completions::answer(app, call)),
     },
     Route {
@@ -167,17 +163,15 @@ pub const ROUTES: &[Route] = &[
         summary: "Vectors of texts, by an embedding model.",
         request: &[schema::<EmbeddingFields>()],
         answer: AnswerBody::Json(schema::<EmbeddingList>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(embeddings::answer(app, call)),
     },
     Route {
-        path: "/v1/messages",
+        path: MESSAGES,
         methods: POST,
         is_measured: true,
         summary: "Answers a conversation in Anthropic's shape.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Message>(), schema::<MessageEvent>()),
-        error: ApiError::into_anthropic_response,
         handler: |app, call| Box::pin(messages::answer(app, call)),
     },
     Route {
@@ -187,7 +181,6 @@ pub const ROUTES: &[Route] = &[
         summary: "Counts a conversation's tokens.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::Json(schema::<TokenCount>()),
-        error: ApiError::into_anthropic_response,
         handler: |app, call| Box::pin(messages::count_tokens(app, call)),
     },
     Route {
@@ -197,7 +190,6 @@ pub const ROUTES: &[Route] = &[
         summary: "The served names.",
         request: &[],
         answer: AnswerBody::Json(schema::<ModelList>()),
-        error: ApiError::into_response,
         handler: |app, _| Box::pin(models::answer(app)),
     },
     rerank("/v1/rerank"),
@@ -208,7 +200,6 @@ pub const ROUTES: &[Route] = &[
         summary: "Answers a conversation in OpenAI's newer shape.",
         request: &[schema::<SamplingFields>(), schema::<ResponsesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ModelResponse>(), schema::<ResponseEvent>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(responses::answer(app, call)),
     },
     score("/v1/score"),
@@ -226,7 +217,6 @@ const fn score(path: &'static str) -> Route {
         summary: "How near pairs of texts are, by an embedding model.",
         request: const { &[schema::<ScoreFields>()] },
         answer: AnswerBody::Json(schema::<ScoreList>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(score::answer(app, call)),
     }
 }
@@ -239,7 +229,6 @@ const fn rerank(path: &'static str) -> Route {
         summary: "Documents in the order of their nearness to a query, by an embedding model.",
         request: const { &[schema::<RerankFields>()] },
         answer: AnswerBody::Json(schema::<Ranking>()),
-        error: ApiError::into_response,
         handler: |app, call| Box::pin(rerank::answer(app, call)),
     }
 }
@@ -251,7 +240,17 @@ const fn probe(
     answer: AnswerBody,
     handler: fn(Arc<App>, Call) -> Answer,
 ) -> Route {
-    Route { path, methods, is_measured: false, summary, request: &[], answer, error: ApiError::into_response, handler }
+    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
+}
+
+/// The answer to a request to `path` that failed, whether there is such an endpoint or not.
+pub fn failed(path: &str, error: ApiError) -> Response<Body> {
+    if is_anthropic(path) { error.into_anthropic_response() } else { error.into_response() }
+}
+
+/// Whether the clients of `path` are Anthropic's.
+pub fn is_anthropic(path: &str) -> bool {
+    path.strip_prefix(MESSAGES).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// The endpoint at `path`.

@@ -26,7 +26,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let mut fields: SamplingFields = json::parse(&call.body)?;
     let own: ResponsesFields = json::parse(&call.body)?;
     let model = app.model_name(fields.model.as_deref())?.to_owned();
-    refuse_unsupported(&own)?;
+    refuse_unsupported(&own).and_then(|()| refuse_fields_of_others(&fields)).map_err(of_responses)?;
     let format = own.text.as_ref().and_then(|text| text.format.clone());
     let format = format.unwrap_or(TextFormat { kind: "text".into(), name: None, schema: None });
     only_of_responses(&mut fields, &format);
@@ -98,13 +98,42 @@ fn refuse_unsupported(own: &ResponsesFields) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Leaves aside the fields of other endpoints that the shared ones have, and takes the form from `text.format`.
+/// Refuses what this endpoint has under another name, or not at all.
+fn refuse_fields_of_others(fields: &SamplingFields) -> Result<(), ApiError> {
+    let usage = fields.stream_options.is_some_and(|it| it.include_usage.or(it.continuous_usage_stats).is_some());
+    for (field, is_set, instead) in [
+        ("n", fields.n.is_some_and(|n| n != 1), "there is one answer"),
+        ("max_tokens", fields.max_tokens.is_some(), "the name is max_output_tokens"),
+        ("echo", fields.echo == Some(true), "the input is not repeated"),
+        ("prompt_logprobs", fields.prompt_logprobs.is_some(), "use /v1/completions"),
+        ("stream_options", usage, "the last event always has the usage"),
+        ("response_format", fields.response_format.is_some(), "the name is text.format"),
+        ("return_token_ids", fields.return_token_ids == Some(true), "use /v1/completions"),
+        ("return_tokens_as_token_ids", fields.return_tokens_as_token_ids == Some(true), "use /v1/completions"),
+        ("use_beam_search", fields.use_beam_search == Some(true), "use /v1/completions"),
+    ] {
+        if is_set {
+            return Err(ApiError::invalid(field, format!("`{field}` is not a field of /v1/responses: {instead}.")));
+        }
+    }
+    Ok(())
+}
+
+/// The endpoint's own checks have a type of their own.
+fn of_responses(error: ApiError) -> ApiError {
+    ApiError { kind: "invalid_request_error", ..error }
+}
+
+/// Takes the form from `text.format`, and leaves aside what says nothing.
 fn only_of_responses(fields: &mut SamplingFields, format: &TextFormat) {
-    (fields.n, fields.max_tokens, fields.echo, fields.stream_options, fields.prompt_logprobs) =
-        (None, None, None, None, None);
+    (fields.n, fields.stream_options) = (None, None);
     let schema = JsonSchemaFormat { name: format.name.clone().unwrap_or_default(), schema: format.schema.clone() };
-    fields.response_format =
-        (format.kind != "text").then(|| ResponseFormat { kind: format.kind.clone(), json_schema: Some(schema) });
+    fields.response_format = (format.kind != "text").then(|| ResponseFormat {
+        kind: format.kind.clone(),
+        json_schema: Some(schema),
+        structures: None,
+        triggers: None,
+    });
 }
 
 /// What is known of the response from the request alone.

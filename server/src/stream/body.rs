@@ -51,6 +51,9 @@ pub trait Frames: Send + Unpin + 'static {
     }
 }
 
+/// Chunks that are ready together leave together, up to about this many bytes.
+const MAX_FRAME_BYTES: usize = 8 << 10;
+
 /// The last frame of completions and chat.
 const DONE: &[u8] = b"[DONE]";
 
@@ -127,6 +130,17 @@ impl<F: Frames> SseBody<F> {
         Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b": keep-alive\n\n")))))
     }
 
+    /// What was written since the last frame; `None` if that is nothing.
+    fn take_frame(&mut self) -> Option<Result<Frame<Bytes>, Infallible>> {
+        if self.writer.is_empty() {
+            return None;
+        }
+        if let Some(keep_alive) = &mut self.keep_alive {
+            keep_alive.next.as_mut().reset(Instant::now() + keep_alive.interval);
+        }
+        Some(Ok(Frame::data(self.writer.take())))
+    }
+
     fn finish(&mut self) {
         self.usage.n_reasoning = self.frames.n_reasoning_tokens();
         self.frames.end(&mut self.writer, &self.usage);
@@ -141,11 +155,14 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
         loop {
-            let Some(choices) = &mut this.choices else {
-                return Poll::Ready(None);
+            let Some(choices) = this.choices.as_mut().filter(|_| this.writer.len() < MAX_FRAME_BYTES) else {
+                return Poll::Ready(this.take_frame());
             };
             let Poll::Ready(event) = choices.poll_next_unpin(cx) else {
-                return this.poll_keep_alive(cx);
+                return match this.take_frame() {
+                    None => this.poll_keep_alive(cx),
+                    frame => Poll::Ready(frame),
+                };
             };
             match event {
                 Some(Ok(ChoiceEvent::Prompt(idx, prompt))) => {
@@ -158,13 +175,6 @@ impl<F: Frames> hyper::body::Body for SseBody<F> {
                     this.choices = None;
                 }
                 None => this.finish(),
-            }
-            let bytes = this.writer.take();
-            if !bytes.is_empty() {
-                if let Some(keep_alive) = &mut this.keep_alive {
-                    keep_alive.next.as_mut().reset(Instant::now() + keep_alive.interval);
-                }
-                return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
         }
     }

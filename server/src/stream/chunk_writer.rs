@@ -79,6 +79,16 @@ impl ChunkWriter {
         self.raw("\n\n");
     }
 
+    /// Bytes written and not taken.
+    pub fn len(&self) -> usize {
+        self.out.len()
+    }
+
+    /// Whether there is nothing to take.
+    pub fn is_empty(&self) -> bool {
+        self.out.is_empty()
+    }
+
     /// Takes what was written.
     pub fn take(&mut self) -> Bytes {
         self.out.split().freeze()

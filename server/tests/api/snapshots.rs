@@ -104,6 +104,40 @@ async fn completion_streams() {
 }
 
 #[tokio::test]
+async fn beams() {
+    check(
+        "completion_beams",
+        "/v1/completions",
+        json!({"prompt": "ab", "use_beam_search": true, "n": 2, "max_tokens": 2, "logprobs": 1}),
+    )
+    .await;
+    check(
+        "chat_beams_stream",
+        "/v1/chat/completions",
+        chat(json!({"use_beam_search": true, "n": 2, "max_tokens": 2, "stream": true})),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn vectors() {
+    // Ids are random.
+    let check = async |name: &str, path: &str, body: Value| {
+        let (status, text) = ask(path, &body).await;
+        assert_eq!(status, 200, "{text}");
+        let mut answer: Value =
+            serde_json::from_str(&redacted(&text).replace("\"created\":*", "\"created\":0")).unwrap();
+        let id = answer["id"].as_str().unwrap().split_once('-').unwrap().0.to_owned();
+        answer["id"] = json!(format!("{id}-*"));
+        insta::assert_snapshot!(name, answer.to_string(), &body.to_string());
+    };
+    check("embeddings", "/v1/embeddings", json!({"input": ["ab", "c"]})).await;
+    check("embeddings_base64", "/v1/embeddings", json!({"input": [97, 98], "encoding_format": "base64"})).await;
+    check("score", "/score", json!({"text_1": "ab", "text_2": ["ab", "c"]})).await;
+    check("rerank", "/rerank", json!({"query": "ab", "documents": ["c", "ab"], "top_n": 2})).await;
+}
+
+#[tokio::test]
 async fn tokens() {
     check("tokenize", "/tokenize", json!({"prompt": "ab"})).await;
     check("tokenize_chat", "/tokenize", chat(json!({"return_token_strs": true, "add_generation_prompt": false}))).await;
@@ -126,6 +160,7 @@ async fn models_version_and_probes() {
     insta::assert_snapshot!("models", models.to_string());
     let (status, text) = send(&app, get("/version")).await;
     assert_eq!((status.as_u16(), text), (200, format!(r#"{{"version":"{}"}}"#, env!("CARGO_PKG_VERSION"))));
+    assert_eq!(send(&app, get("/load")).await, (hyper::StatusCode::OK, r#"{"server_load":0}"#.to_owned()));
     assert_eq!(send(&app, get("/health")).await, (hyper::StatusCode::OK, String::new()));
     engine.is_healthy.store(false, std::sync::atomic::Ordering::SeqCst);
     assert_eq!(send(&app, get("/health")).await.0, 503);

@@ -167,3 +167,47 @@ async fn bad_words_do_not_come() {
     let text = output(json!(["aab", "bb"])).await;
     assert!(!text.contains("aab") && !text.contains("bb"), "{text}");
 }
+
+#[tokio::test]
+async fn after_a_trigger_one_of_its_structures_comes_whole() {
+    let server = Server::tiny(&[]);
+    let structure = |name: &str, schema: Value| json!({"begin": format!("<{name}>"), "schema": schema, "end": "</>"});
+    let structures = [structure("f", json!({"enum": [1, 22]})), structure("gg", json!({"const": "x"}))];
+    for seed in 0..8 {
+        let fields = json!({
+            // What begins a tag is favoured, so that there are some; the rest is what the model says.
+            "logit_bias": {"60": 8, "511": 3}, "seed": seed, "max_tokens": 300,
+            "response_format": {"type": "structural_tag", "structures": structures, "triggers": ["<"]}
+        });
+        let (status, answer) = complete(&server, fields).await;
+        assert_eq!(status, 200, "{answer}");
+        let choice = &answer["choices"][0];
+        let mut rest = choice["text"].as_str().unwrap();
+        let mut n_tags = 0;
+        while let Some((_, tag)) = rest.split_once('<') {
+            let whole = ["f>1</>", "f>22</>", "gg>\"x\"</>"].iter().find_map(|whole| tag.strip_prefix(whole));
+            match whole {
+                Some(after) => rest = after,
+                None if choice["finish_reason"] == "length" => break,
+                None => panic!("seed {seed}: {rest}"),
+            }
+            n_tags += 1;
+        }
+        assert!(n_tags > 0, "seed {seed}: {choice}");
+    }
+}
+
+#[tokio::test]
+async fn outputs_that_go_round_in_circles_end_if_asked_to() {
+    let server = Server::tiny(&[]);
+    let detection = json!({"max_pattern_size": 3, "min_count": 4});
+    let fields =
+        json!({"logit_bias": {"97": 100}, "temperature": 0, "repetition_detection": detection, "max_tokens": 50});
+    let (status, answer) = complete(&server, fields).await;
+    let choice = &answer["choices"][0];
+    assert_eq!((status, choice["text"].as_str()), (200, Some("aaaa")), "{answer}");
+    assert_eq!(
+        (&choice["finish_reason"], &choice["stop_reason"]),
+        (&json!("repetition"), &json!("repetition_detected"))
+    );
+}

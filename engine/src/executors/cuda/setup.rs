@@ -22,7 +22,10 @@ use super::{
     stream_gemm::{StreamGemm, StreamKernels},
 };
 use crate::{
-    DTypeChoice, EngineConfig, Error, LoadFormat, decoder::DecoderSpec, executors::Capacity, step::PAGE_SIZE,
+    DTypeChoice, EngineConfig, Error, LoadFormat,
+    decoder::DecoderSpec,
+    executors::{Capacity, MixedSteps},
+    step::PAGE_SIZE,
     weights::WeightSource,
 };
 
@@ -30,7 +33,7 @@ use crate::{
 const DEFAULT_MAX_TOKENS: usize = 4096;
 /// Most query rows of a step in which sequences decode. An H100 takes 25 ms for so many of an 8B model, hardly more per
 /// token than for thousands (docs/log.md).
-const MAX_MIXED_TOKENS: usize = 768;
+const MAX_MIXED_ROWS: usize = 768;
 /// Most sequences of a step, unless asked otherwise.
 const DEFAULT_MAX_SEQS: usize = 256;
 /// Device memory that a CUDA graph is counted for before it exists.
@@ -208,7 +211,7 @@ pub(super) fn run(
         max_num_batched_tokens: limits.max_tokens,
         max_model_len,
         max_in_flight: 2,
-        max_mixed_tokens: MAX_MIXED_TOKENS,
+        mixed_steps: MixedSteps::Rows(MAX_MIXED_ROWS),
         max_logprobs: super::sampling::MAX_TOP.min(spec.vocab_size),
     };
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;

@@ -8,6 +8,7 @@ use super::Case;
 pub fn cases() -> Vec<Case> {
     let tool = json!({"type": "function", "function": {"name": "f"}});
     vec![
+        (json!({"use_beam_search": true, "stream": true}), 200, "", ""),
         (json!({"messages": []}), 400, "at least one message", "messages"),
         (json!({"messages": null}), 400, "validation error", "body.messages"),
         (json!({"messages": [{"role": "user"}]}), 400, "missing field `content`", "body.messages.0.content"),

@@ -34,6 +34,8 @@ pub fn cases() -> Vec<Case> {
         (json!({"logprobs": -1}), 400, "greater than max allowed: 20", "logprobs"),
         (json!({"logprobs": true}), 400, "validation error", "body.logprobs"),
         (json!({"echo": true, "max_tokens": 0}), 200, "", ""),
+        (json!({"use_beam_search": true, "stream": true}), 400, "cannot stream", "use_beam_search"),
+        (json!({"use_beam_search": true, "n": 3, "logprobs": 2, "echo": true}), 200, "", ""),
         (json!({"suffix": "x"}), 400, "not supported", "suffix"),
         (json!({"prompt_embeds": "eA=="}), 400, "not supported", "prompt_embeds"),
         (

@@ -17,7 +17,6 @@ const ROUTES: &[(&str, u16)] = &[
     ("POST /v1/nothing", 404),
     ("POST /v1/audio/speech", 404),
     ("GET /v1/responses", 405),
-    ("GET /v1/messages", 405),
     ("GET /nothing", 404),
     ("GET /V1/models", 404),
     ("DELETE /v1/models", 405),
@@ -89,6 +88,29 @@ async fn routes_and_methods() {
             assert_eq!(text, r#"{"error":{"message":"Not Found","type":"Not Found","param":null,"code":404}}"#);
         }
         assert_eq!(status == 405, text.contains(r#""type":"Method Not Allowed""#), "{head}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn anthropics_clients_get_errors_of_their_shape_whatever_fails() {
+    let server = Server::start(config()).await;
+    let keyed = Server::start(AppConfig { api_keys: vec!["one".into()], ..config() }).await;
+    let json = "\ncontent-type: application/json";
+    let ask = |content: &str| json!({"max_tokens": 1, "messages": [{"role": "user", "content": content}]}).to_string();
+    let huge = " ".repeat((64 << 20) + 1);
+    for (server, head, body, status, kind) in [
+        (&server, "GET /v1/messages", String::new(), 405, "invalid_request_error"),
+        (&server, "POST /v1/messages/none", String::new(), 404, "not_found_error"),
+        (&server, "POST /v1/messages", String::new(), 400, "invalid_request_error"),
+        (&server, &format!("POST /v1/messages{json}"), "{".to_owned(), 400, "invalid_request_error"),
+        (&server, &format!("POST /v1/messages{json}"), huge, 413, "request_too_large"),
+        (&server, &format!("POST /v1/messages{json}"), ask("panic"), 500, "api_error"),
+        (&keyed, &format!("POST /v1/messages{json}"), ask("x"), 401, "authentication_error"),
+    ] {
+        let (got, text) = server.exchange(head, body.as_bytes()).await;
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((got, &answer["type"], &answer["error"]["type"]), (status, &json!("error"), &json!(kind)), "{text}");
+        assert!(answer["error"]["message"].as_str().is_some_and(|message| !message.is_empty()), "{text}");
     }
 }
 

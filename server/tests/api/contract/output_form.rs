@@ -1,8 +1,13 @@
 //! Fields that prescribe the output's form.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Case, nested};
+
+/// A structural tag with these triggers.
+fn tag(triggers: Value) -> Value {
+    json!({"type": "structural_tag", "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": triggers})
+}
 
 /// The table.
 pub fn cases() -> Vec<Case> {
@@ -11,7 +16,20 @@ pub fn cases() -> Vec<Case> {
         (json!({"response_format": {"type": "json_object"}}), 200, "", ""),
         (json!({"response_format": {"type": "xml"}}), 400, "no type `xml`", "response_format"),
         (json!({"response_format": {}}), 400, "missing field `type`", "body.response_format.type"),
-        (json!({"response_format": {"type": "structural_tag"}}), 400, "not supported", "structural_tag"),
+        (json!({"response_format": {"type": "structural_tag"}}), 400, "`structures` and `triggers`", "response_format"),
+        (json!({"response_format": tag(json!(["<f"]))}), 200, "", ""),
+        (json!({"response_format": tag(json!([]))}), 400, "at least one", "response_format"),
+        (json!({"response_format": tag(json!([""]))}), 400, "must not be empty", "response_format"),
+        (json!({"response_format": tag(json!(["g"]))}), 400, "No trigger is the beginning", "response_format"),
+        (json!({"response_format": tag(json!("<f"))}), 400, "validation error", "body.response_format.triggers"),
+        (json!({"structured_outputs": {"structural_tag": tag(json!(["<f"]))}}), 200, "", ""),
+        (json!({"structured_outputs": {"structural_tag": tag(json!(["<f"])).to_string()}}), 200, "", ""),
+        (
+            json!({"structured_outputs": {"structural_tag": {"structures": []}}}),
+            400,
+            "missing field `triggers`",
+            "structured_outputs",
+        ),
         (json!({"response_format": {"type": "json_schema"}}), 400, "needs `json_schema`", "response_format"),
         (
             json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
@@ -53,7 +71,7 @@ pub fn cases() -> Vec<Case> {
             "structured_outputs",
         ),
         (json!({"structured_outputs": {"json_object": true, "disable_any_whitespace": true}}), 200, "", ""),
-        (json!({"structured_outputs": {"structural_tag": "x"}}), 400, "not supported", "structural_tag"),
+        (json!({"structured_outputs": {"structural_tag": "x"}}), 400, "structural_tag: expected", "structured_outputs"),
         (json!({"response_format": "json"}), 400, "validation error", "body.response_format"),
         (json!({"response_format": {"type": 5}}), 400, "validation error", "body.response_format.type"),
         (json!({"response_format": null}), 200, "", ""),
