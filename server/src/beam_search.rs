@@ -86,7 +86,8 @@ impl BeamSearch {
     async fn run(self, backend: &dyn Backend, prompt: &[u32], request: &GenerateRequest) -> Result<Vec<Event>, Error> {
         let params = &request.params;
         let eos_token_ids = &backend.info().eos_token_ids;
-        let room = backend.info().max_model_len - prompt.len();
+        // At least one, so that the engine says what is wrong with a prompt that is too long.
+        let room = backend.info().max_model_len.saturating_sub(prompt.len()).max(1);
         let max_tokens = params.max_tokens.map_or(room, |n| room.min(n as usize));
         let mut prompt_event = None;
         let (mut beams, mut ended) = (vec![Beam::default()], Vec::new());

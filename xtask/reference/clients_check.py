@@ -122,7 +122,9 @@ def check_embeddings(client):
 
 
 def check_messages(client):
-    arguments = dict(model="smollm2", max_tokens=12, temperature=0, system="Be short.", messages=MESSAGES)
+    # The client's own signature has no temperature any more.
+    arguments = dict(model="smollm2", max_tokens=12, system="Be short.", messages=MESSAGES,
+                     extra_body={"temperature": 0})
     answer = client.messages.create(**arguments)
     assert answer.content[0].type == "text" and answer.stop_reason in ("end_turn", "max_tokens")
     with client.messages.stream(**arguments) as stream:

@@ -27,16 +27,20 @@ struct Cli {
     host: String,
     #[arg(long)]
     port: u16,
+    /// Let the server write each token before the next one comes, as a model does.
+    #[arg(long)]
+    one_by_one: bool,
 }
 
 /// Says one word per token, as many as were asked for. One prompt token per byte.
 struct StubEngine {
     info: EngineInfo,
     defaults: SamplingParams,
+    one_by_one: bool,
 }
 
 impl StubEngine {
-    fn new() -> Self {
+    fn new(one_by_one: bool) -> Self {
         let info = EngineInfo {
             model_path: "stub".into(),
             architecture: "Stub".into(),
@@ -52,7 +56,7 @@ impl StubEngine {
             eos_token_ids: Vec::new(),
             created: 0,
         };
-        Self { info, defaults: SamplingParams::default() }
+        Self { info, defaults: SamplingParams::default(), one_by_one }
     }
 }
 
@@ -79,7 +83,16 @@ impl Backend for StubEngine {
             finish: (i / n + 1 == n_tokens).then_some(Finish { reason: FinishReason::Length, stop_reason: None }),
         });
         let events = std::iter::once(Event::Prompt(prompt)).chain(deltas.map(Event::Delta));
-        Ok(stream::iter(events.map(Ok)).boxed())
+        let events = stream::iter(events.map(Ok));
+        Ok(match self.one_by_one {
+            true => events
+                .then(async |event| {
+                    tokio::task::yield_now().await;
+                    event
+                })
+                .boxed(),
+            false => events.boxed(),
+        })
     }
 
     fn info(&self) -> &EngineInfo {
@@ -129,13 +142,13 @@ impl Backend for StubEngine {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let Cli { host, port } = Cli::parse();
+    let Cli { host, port, one_by_one } = Cli::parse();
     let (listener, mut stop) = match (listener::bind(&host, port).await, signal(SignalKind::terminate())) {
         (Ok(listener), Ok(stop)) => (listener, stop),
         (Err(error), _) => return fail(&error),
         (_, Err(error)) => return fail(&error),
     };
-    let app = App::new(Arc::new(StubEngine::new()), AppConfig::default());
+    let app = App::new(Arc::new(StubEngine::new(one_by_one)), AppConfig::default());
     let stop = async { _ = stop.recv().await };
     match listener::serve(listener, app, stop, std::future::pending(), Duration::from_secs(5)).await {
         End::Drained => ExitCode::SUCCESS,
