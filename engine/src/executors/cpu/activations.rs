@@ -1,5 +1,7 @@
 //! [`Activations`]: the input rows of a product, as float32 and as 16-bit integers.
 
+use std::cell::RefCell;
+
 use super::{
     disjoint::Disjoint,
     kernels::{ActivationBlock, Kernels, MAX_WIDTH, QuantizedRows},
@@ -11,7 +13,7 @@ use crate::quant::GROUP;
 pub struct Activations {
     n_cols: usize,
     n_rows: usize,
-    /// `[n_rows, n_cols]`.
+    /// `[n_rows, n_cols]`; empty if no matrix wants floats.
     rows: Vec<f32>,
     /// Block after block as in [`ActivationBlock`]; empty if no matrix wants integers.
     codes: Vec<i16>,
@@ -35,6 +37,13 @@ impl Activations {
         }
     }
 
+    /// Without room for the rows as float32, which matrices of integer codes never read.
+    pub fn without_floats(mut self) -> Self {
+        debug_assert!(self.quantized);
+        self.rows = Vec::new();
+        self
+    }
+
     /// Rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
@@ -52,24 +61,33 @@ impl Activations {
         let n_cols = self.n_cols;
         let n_groups = n_cols / GROUP;
         let per_task = n_rows.div_ceil(4 * pool.n_threads());
-        let quantized = self.quantized;
+        let (quantized, keep) = (self.quantized, !self.rows.is_empty());
         let rows = Disjoint::new(&mut self.rows);
         let codes = Disjoint::new(&mut self.codes);
         let (scales, sums) = (Disjoint::new(&mut self.scales), Disjoint::new(&mut self.sums));
         pool.run(n_rows.div_ceil(per_task.max(1)), &|task| {
             for m in task * per_task..((task + 1) * per_task).min(n_rows) {
-                // SAFETY: each row belongs to one task.
-                let row = unsafe { rows.range(m * n_cols..(m + 1) * n_cols) };
-                fill(m, row);
-                if quantized {
-                    let (first, width) = block_of(n_rows, m);
-                    let block = QuantizedRows {
-                        codes: codes.ptr_at(first * n_cols),
-                        scales: scales.ptr_at(first * n_groups),
-                        sums: sums.ptr_at(first * n_groups),
-                    };
-                    // SAFETY: blocks hold `width` rows of `n_cols` columns; each row belongs to one task.
-                    unsafe { kernels.quantize(row, (width, m - first), block) };
+                let fill_and_round = |row: &mut [f32]| {
+                    fill(m, row);
+                    if quantized {
+                        let (first, width) = block_of(n_rows, m);
+                        let block = QuantizedRows {
+                            codes: codes.ptr_at(first * n_cols),
+                            scales: scales.ptr_at(first * n_groups),
+                            sums: sums.ptr_at(first * n_groups),
+                        };
+                        // SAFETY: blocks hold `width` rows of `n_cols` columns; each row belongs to one task.
+                        unsafe { kernels.quantize(row, (width, m - first), block) };
+                    }
+                };
+                if keep {
+                    // SAFETY: each row belongs to one task.
+                    fill_and_round(unsafe { rows.range(m * n_cols..(m + 1) * n_cols) });
+                } else {
+                    ROW.with_borrow_mut(|row| {
+                        row.resize(row.len().max(n_cols), 0.0);
+                        fill_and_round(&mut row[..n_cols]);
+                    });
                 }
             }
         });
@@ -101,6 +119,11 @@ impl Activations {
             Some((start, block))
         })
     }
+}
+
+thread_local! {
+    /// A row that is kept as integers only.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// First row and number of rows of the block that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none

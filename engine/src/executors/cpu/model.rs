@@ -14,6 +14,7 @@ use crate::{
     Error,
     decoder::{DecoderSpec, LayerWeight, Weight},
     executors::Capacity,
+    quant::QuantFormat,
     step::StepInput,
     weights::{StoredTensor, WeightSource},
 };
@@ -33,6 +34,15 @@ struct Layer {
     gate_up: Linear,
     down: Linear,
     cache: KvCache,
+}
+
+/// How a model is kept in memory.
+#[derive(Clone, Copy)]
+pub struct Storage {
+    /// Keys and values.
+    pub kv_layout: KvLayout,
+    /// What float weights of projections are rounded to.
+    pub quantization: Option<&'static dyn QuantFormat>,
 }
 
 /// A model and the buffers of a step.
@@ -80,31 +90,29 @@ impl CpuModel {
     pub fn load(
         spec: &DecoderSpec,
         weights: &dyn WeightSource,
-        capacity: &Capacity,
+        (capacity, storage): (&Capacity, Storage),
         (kernels, pool): (&'static Kernels, Pool),
     ) -> Result<Self, Error> {
-        let mut loader = Loader { spec, weights, arena: Arena::default(), n_threads: pool.n_threads() };
+        let mut loader = Loader { spec, weights, storage, arena: Arena::default(), n_threads: pool.n_threads() };
         let embedding = weights.keep(Weight::Embedding)?;
         let head = if spec.tie_embeddings { embedding.clone() } else { weights.keep(Weight::LmHead)? };
-        let lm_head = Linear::new(vec![head], None, (&mut loader.arena, pool.n_threads()))?;
+        let lm_head = Linear::new(vec![loader.rounded(head)], None, (&mut loader.arena, pool.n_threads()))?;
         let layers =
             (0..spec.n_layers).map(|layer| loader.layer(layer, capacity.n_pages)).collect::<Result<Vec<_>, _>>()?;
 
         let n = capacity.max_num_batched_tokens;
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
-        let any = |wants: fn(&Layer) -> bool| layers.iter().any(wants);
-        let hidden_integers = any(|l| l.qkv.wants_integers() || l.gate_up.wants_integers());
         let buffers = Buffers {
             x: vec![0.0; n * spec.hidden_size],
-            hidden: Activations::new(n, spec.hidden_size, hidden_integers),
+            hidden: Linear::inputs(layers.iter().flat_map(|l| [&l.qkv, &l.gate_up]), n, spec.hidden_size),
             qkv: vec![0.0; n * (q + 2 * kv)],
             attended: vec![0.0; n * q],
-            o_input: Activations::new(n, q, any(|l| l.o.wants_integers())),
+            o_input: Linear::inputs(layers.iter().map(|l| &l.o), n, q),
             gate_up: vec![0.0; n * 2 * spec.intermediate_size],
-            down_input: Activations::new(n, spec.intermediate_size, any(|l| l.down.wants_integers())),
+            down_input: Linear::inputs(layers.iter().map(|l| &l.down), n, spec.intermediate_size),
             cos: vec![0.0; n * (spec.head_dim / 2)],
             sin: vec![0.0; n * (spec.head_dim / 2)],
-            head_input: Activations::new(LOGIT_ROWS, spec.hidden_size, lm_head.wants_integers()),
+            head_input: Linear::inputs([&lm_head], LOGIT_ROWS, spec.hidden_size),
             logits: vec![0.0; LOGIT_ROWS * spec.vocab_size],
         };
         Ok(Self {
@@ -225,7 +233,6 @@ impl Layer {
         let per_task = n.div_ceil(4 * pool.n_threads()).max(1);
         pool.run(n.div_ceil(per_task), &|task| {
             let mut normed = vec![0f32; d];
-            let (mut key, mut value) = (vec![0u16; d], vec![0u16; d]);
             for m in task * per_task..((task + 1) * per_task).min(n) {
                 // SAFETY: each row belongs to one task.
                 let row = unsafe { qkv.range(m * width..(m + 1) * width) };
@@ -239,10 +246,8 @@ impl Layer {
                     kernels.rotate(head, cos, sin);
                 }
                 for (i, (k, v)) in qk[n_q * d..].chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
-                    kernels.to_f16(k, &mut key);
-                    kernels.to_f16(v, &mut value);
                     // SAFETY: each row of a step has a slot of its own.
-                    unsafe { cache.write(step.slot_mapping[m], i, &key, &value) };
+                    unsafe { cache.write(kernels, (step.slot_mapping[m], i), k, v) };
                 }
             }
         });
@@ -252,6 +257,7 @@ impl Layer {
 struct Loader<'a> {
     spec: &'a DecoderSpec,
     weights: &'a dyn WeightSource,
+    storage: Storage,
     arena: Arena,
     n_threads: usize,
 }
@@ -276,14 +282,15 @@ impl Loader<'_> {
             post_attention_norm: self.values(of(PostAttentionNorm))?,
             gate_up,
             down,
-            cache: KvCache::new(KvLayout::new(self.spec), n_pages),
+            cache: KvCache::new(self.storage.kv_layout, n_pages),
         })
     }
 
     /// The projections `weights`, one below the other, with those of `biases` that the model has.
     fn linear(&mut self, layer: usize, weights: &[LayerWeight], biases: &[LayerWeight]) -> Result<Linear, Error> {
         let of = |&w: &LayerWeight| Weight::Layer(layer, w);
-        let tensors = weights.iter().map(|w| self.weights.keep(of(w))).collect::<Result<Vec<_>, _>>()?;
+        let tensors =
+            weights.iter().map(|w| Ok(self.rounded(self.weights.keep(of(w))?))).collect::<Result<Vec<_>, Error>>()?;
         let has_bias = biases.iter().any(|w| self.spec.shape(of(w)).is_some());
         let bias = match has_bias {
             true => {
@@ -293,6 +300,12 @@ impl Loader<'_> {
             false => None,
         };
         Linear::new(tensors, bias, (&mut self.arena, self.n_threads))
+    }
+
+    /// `tensor` as it is to be kept.
+    fn rounded(&self, tensor: StoredTensor) -> StoredTensor {
+        let quantized = self.storage.quantization.and_then(|format| tensor.view().quantize(format));
+        quantized.map_or(tensor, |quantized| StoredTensor::new(quantized, None))
     }
 
     fn values(&self, weight: Weight) -> Result<Vec<f32>, Error> {
