@@ -2,7 +2,8 @@
 //!
 //! Each case is run many times in turn with the others, so that a machine whose speed wanders treats all alike, and its
 //! best time is shown. The floor of a case is the greater of bytes / measured read bandwidth and multiply-adds /
-//! measured rate of `vpmaddwd + vpaddd` (quantised) or fused multiply-add (floats), on all threads.
+//! measured rate of `vpdpwssd`, or `vpmaddwd + vpaddd` where that is missing (quantised), or fused multiply-add
+//! (floats), on all threads.
 
 use std::{
     borrow::Cow,
@@ -13,11 +14,10 @@ use std::{
 use ember_engine::{
     decoder::{DecoderSpec, Rope, RopeScaling},
     executors::cpu::{
-        activations::Activations,
         arena::{Arena, Piece},
         attention::{Attention, AttentionInput, AttentionPlan},
         kernels::Kernels,
-        kv_cache::{KvCache, KvLayout},
+        kv_cache::{KvCache, KvLayout, KvType},
         linear::Linear,
         pool::{Pool, usable_cores},
     },
@@ -126,46 +126,61 @@ impl Limits {
             let add = |sums: [u64; 16], values: &[u64; 16]| std::array::from_fn(|i| sums[i] ^ values[i]);
             black_box(memory[i * chunk..(i + 1) * chunk].iter().fold([0; 16], add));
         });
-        let n_macs = (n_tasks * N_LOOPS * 8) as f64;
+        let n_loops = (n_tasks * N_LOOPS) as f64;
         self.bytes = self.bytes.max(read);
-        self.integers = self.integers.max(rate(pool, 16.0 * n_macs, &|_| peak::integers(N_LOOPS)));
-        self.floats = self.floats.max(rate(pool, 8.0 * n_macs, &|_| peak::floats(N_LOOPS)));
+        let (integers, floats) = (peak::integers(), peak::floats());
+        self.integers = self.integers.max(rate(pool, integers.0 * n_loops, &|_| (integers.1)(N_LOOPS)));
+        self.floats = self.floats.max(rate(pool, floats.0 * n_loops, &|_| (floats.1)(N_LOOPS)));
     }
 }
 
-/// Eight independent chains of the instructions that the kernels are made of.
+/// The instructions that the kernels are made of, in independent chains: multiply-adds of a turn, and a loop of turns.
 #[cfg(target_arch = "x86_64")]
 mod peak {
     use std::{arch::x86_64::*, hint::black_box};
 
     /// In assembly: compilers see that the products are all the same.
-    pub fn integers(n: usize) {
-        if !is_x86_feature_detected!("avx2") {
-            return;
-        }
-        macro_rules! eight_products {
-            ($($product:literal, $sum:literal);*) => {
-                // SAFETY: the machine has AVX2; only the registers named below change.
-                unsafe {
-                    std::arch::asm!(
-                        "2:",
-                        $(concat!("vpmaddwd ymm", $product, ", ymm8, ymm9"),
-                          concat!("vpaddd ymm", $sum, ", ymm", $sum, ", ymm", $product),)*
-                        "dec {n}",
-                        "jnz 2b",
-                        n = inout(reg) n => _,
-                        out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _,
-                        out("ymm6") _, out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
-                        out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
-                        options(nomem, nostack),
-                    );
-                }
-            };
-        }
-        eight_products!(0, 10; 1, 11; 2, 12; 3, 13; 4, 14; 5, 15; 6, 10; 7, 11);
+    macro_rules! loop_of {
+        ($n:ident, $($line:expr),*) => {
+            // SAFETY: the caller has checked that the machine has the instructions; only these registers change.
+            unsafe {
+                std::arch::asm!(
+                    "2:", $($line,)* "dec {n}", "jnz 2b",
+                    n = inout(reg) $n => _,
+                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+                    out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                    options(nomem, nostack),
+                );
+            }
+        };
     }
 
-    pub fn floats(n: usize) {
+    fn vnni(n: usize) {
+        macro_rules! products {
+            ($($sum:literal)*) => { loop_of!(n, $(concat!("vpdpwssd zmm", $sum, ", zmm14, zmm15")),*) };
+        }
+        products!(0 1 2 3 4 5 6 7 8 9 10 11);
+    }
+
+    fn products_and_sums(n: usize) {
+        macro_rules! products {
+            ($($product:literal, $sum:literal);*) => {
+                loop_of!(n, $(concat!("vpmaddwd ymm", $product, ", ymm8, ymm9"),
+                              concat!("vpaddd ymm", $sum, ", ymm", $sum, ", ymm", $product)),*)
+            };
+        }
+        products!(0, 10; 1, 11; 2, 12; 3, 13; 4, 14; 5, 15; 6, 10; 7, 11);
+    }
+
+    fn wide_floats(n: usize) {
+        macro_rules! products {
+            ($($sum:literal)*) => { loop_of!(n, $(concat!("vfmadd231ps zmm", $sum, ", zmm14, zmm15")),*) };
+        }
+        products!(0 1 2 3 4 5 6 7 8 9 10 11);
+    }
+
+    fn narrow_floats(n: usize) {
         #[target_feature(enable = "avx2,fma")]
         fn run(n: usize) {
             let (mut sums, factor) = ([_mm256_setzero_ps(); 8], black_box(_mm256_set1_ps(1.5)));
@@ -176,18 +191,36 @@ mod peak {
             }
             black_box(sums);
         }
-        if is_x86_feature_detected!("fma") {
-            // SAFETY: the machine has AVX2 and FMA.
-            unsafe { run(n) }
+        // SAFETY: the caller has checked that the machine has AVX2 and FMA.
+        unsafe { run(n) }
+    }
+
+    pub fn integers() -> (f64, fn(usize)) {
+        match () {
+            () if is_x86_feature_detected!("avx512vnni") => (12.0 * 32.0, vnni),
+            () if is_x86_feature_detected!("avx2") => (8.0 * 16.0, products_and_sums),
+            () => (f64::INFINITY, |_| ()),
+        }
+    }
+
+    pub fn floats() -> (f64, fn(usize)) {
+        match () {
+            () if is_x86_feature_detected!("avx512vnni") => (12.0 * 16.0, wide_floats),
+            () if is_x86_feature_detected!("fma") => (8.0 * 8.0, narrow_floats),
+            () => (f64::INFINITY, |_| ()),
         }
     }
 }
 
-/// Elsewhere shares are not known: an endless rate makes them 0.
+/// Elsewhere rates are not known: endless ones leave the floor to the memory.
 #[cfg(not(target_arch = "x86_64"))]
 mod peak {
-    pub fn integers(_: usize) {}
-    pub fn floats(_: usize) {}
+    pub fn integers() -> (f64, fn(usize)) {
+        (f64::INFINITY, |_| ())
+    }
+    pub fn floats() -> (f64, fn(usize)) {
+        (f64::INFINITY, |_| ())
+    }
 }
 
 /// Products of SmolLM2's shapes.
@@ -198,6 +231,9 @@ fn products() -> Vec<Case> {
         ("gate_up", format("Q4_1"), 3072, 576),
         ("down", format("Q4_1"), 576, 1536),
         ("gate_up", format("Q4_0"), 3072, 576),
+        ("gate_up", format("Q4_K"), 3072, 768),
+        ("gate_up", format("Q5_K"), 3072, 768),
+        ("gate_up", format("Q6_K"), 3072, 768),
         ("lm_head", format("Q8_0"), 49_152, 576),
         ("gate_up", DType::BF16, 3072, 576),
     ];
@@ -227,7 +263,7 @@ fn product(name: &str, dtype: DType, (n_rows, n_cols): (usize, usize), n_tokens:
             Linear::new(vec![tensor], None, (&mut arena, usable_cores())).expect("memory")
         })
         .collect();
-    let mut x = Activations::new(n_tokens, n_cols, linears[0].wants_integers());
+    let mut x = Linear::inputs(&linears[..1], n_tokens, n_cols);
     let unit = if linears[0].wants_integers() { Unit::Integers } else { Unit::Floats };
     let mut out = vec![0.0; n_tokens * n_rows];
     let (mut turn, mut filled) = (0, false);
@@ -274,13 +310,14 @@ fn smollm2() -> DecoderSpec {
 
 /// Attention of one layer: (sequences, query tokens each, context).
 fn attentions() -> Vec<Case> {
-    [(1, 1, 300), (1, 1, 4000), (8, 1, 300), (16, 1, 300), (1, 512, 512), (1, 512, 4096)]
+    let shapes = [(1, 1, 300), (1, 1, 4000), (8, 1, 300), (16, 1, 300), (1, 512, 512), (1, 512, 4096)];
+    [KvType::F16, KvType::Q8_0]
         .into_iter()
-        .map(|(n_seqs, query_len, context)| attention(n_seqs, query_len, context))
+        .flat_map(|kv_type| shapes.into_iter().map(move |shape| attention(kv_type, shape)))
         .collect()
 }
 
-fn attention(n_seqs: usize, query_len: usize, context: usize) -> Case {
+fn attention(kv_type: KvType, (n_seqs, query_len, context): (usize, usize, usize)) -> Case {
     let spec = smollm2();
     let pages_per_seq = context.div_ceil(PAGE_SIZE);
     let mut step = StepInput { token_ids: vec![0; n_seqs * query_len], ..StepInput::default() };
@@ -299,7 +336,7 @@ fn attention(n_seqs: usize, query_len: usize, context: usize) -> Case {
     let width = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim;
     let queries = vec![0.1; n_seqs * query_len * width];
     let mut out = vec![0.0; n_seqs * query_len * spec.n_heads * spec.head_dim];
-    let cache = KvCache::new(KvLayout::new(&spec), n_seqs * pages_per_seq);
+    let cache = KvCache::new(KvLayout::new(&spec, kv_type), n_seqs * pages_per_seq);
     let plan = AttentionPlan::new(&spec, &step);
     let mut attention = Attention::new(&spec);
     // Query token i of a chunk sees the context before the chunk and i + 1 tokens of it.
@@ -309,7 +346,7 @@ fn attention(n_seqs: usize, query_len: usize, context: usize) -> Case {
         attention.run((pool, Kernels::best()), (&plan, &step), &input, &mut out);
     };
     Case {
-        name: format!("attention, {n_seqs} x {query_len} queries, {context} tokens"),
+        name: format!("attention {}, {n_seqs} x {query_len} queries, {context} tokens", kv_type.name()),
         n_bytes: 0,
         n_macs: 2 * n_pairs * spec.n_heads * spec.head_dim,
         unit: Unit::Floats,

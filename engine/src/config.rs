@@ -26,6 +26,27 @@ pub enum DTypeChoice {
     BFloat16,
 }
 
+/// Element type of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDType {
+    /// The executor's best: float16 on CPU, that of the activations elsewhere.
+    #[default]
+    Auto,
+    /// IEEE half precision. CPU only.
+    Float16,
+    /// 8-bit integers with a scale for each token, head and 32 dimensions. CPU only.
+    Q8_0,
+}
+
+/// What float weights are rounded to at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// 8-bit integers with a scale per 32.
+    Q8_0,
+    /// 4-bit integers with a scale per 32.
+    Q4_0,
+}
+
 /// Where the weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoadFormat {
@@ -55,6 +76,8 @@ pub struct EngineConfig {
     pub dtype: DTypeChoice,
     /// Where the weights come from.
     pub load_format: LoadFormat,
+    /// Rounds the float weights of projections at load; `None` keeps them. CPU only.
+    pub quantization: Option<Quantization>,
     /// Longest prompt + output in tokens; `None` takes the model's own limit, lowered to what the KV cache holds.
     pub max_model_len: Option<usize>,
     /// Most sequences in one step; `None` lets the executor choose.
@@ -65,6 +88,8 @@ pub struct EngineConfig {
     pub gpu_memory_utilization: f32,
     /// Bytes for the KV cache; overrides `gpu_memory_utilization` and the CPU's default.
     pub kv_cache_memory_bytes: Option<usize>,
+    /// Element type of the KV cache.
+    pub kv_cache_dtype: KvCacheDType,
     /// Reuse the KV pages of equal prompt prefixes.
     pub enable_prefix_caching: bool,
     /// A file with a chat template in place of the model's, or the template itself.
@@ -83,11 +108,13 @@ impl Default for EngineConfig {
             device: DeviceChoice::Auto,
             dtype: DTypeChoice::Auto,
             load_format: LoadFormat::Auto,
+            quantization: None,
             max_model_len: None,
             max_num_seqs: None,
             max_num_batched_tokens: None,
             gpu_memory_utilization: 0.9,
             kv_cache_memory_bytes: None,
+            kv_cache_dtype: KvCacheDType::Auto,
             enable_prefix_caching: true,
             chat_template: None,
             scheduling_policy: SchedulingPolicy::Fcfs,

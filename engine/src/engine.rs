@@ -135,6 +135,7 @@ impl Engine {
             wait_loaded.recv().map_err(|_| Error::Device("the engine's thread died while loading".into()))??;
 
         let grammars = GrammarCompiler::new(&tokenizer, &generation.eos_token_ids);
+        give_back_freed_memory();
         Ok(Self {
             info: EngineInfo {
                 model_path: path,
@@ -379,4 +380,15 @@ fn mix(n: u64) -> u64 {
 /// Panics of the engine's thread poison nothing worth keeping.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+/// Loading frees some megabytes of metadata and tables, which glibc would keep.
+fn give_back_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: glibc's function, which may be called at any time from any thread.
+        unsafe { malloc_trim(0) };
+    }
 }

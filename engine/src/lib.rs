@@ -45,7 +45,7 @@ pub mod step;
 pub mod text;
 pub mod weights;
 
-pub use config::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, SchedulingPolicy};
+pub use config::{DTypeChoice, DeviceChoice, EngineConfig, KvCacheDType, LoadFormat, Quantization, SchedulingPolicy};
 pub use engine::{Engine, EngineInfo, EngineStats};
 pub use error::Error;
 pub use generation::Generation;

@@ -5,16 +5,17 @@ use crate::{EngineConfig, Error, decoder::DecoderSpec, step::PAGE_SIZE};
 
 /// Most sequences in a step unless the operator says otherwise.
 const DEFAULT_MAX_NUM_SEQS: usize = 128;
-/// Tokens per step: long enough for efficient matrix products, short enough to keep decoding smooth.
-const DEFAULT_MAX_NUM_BATCHED_TOKENS: usize = 512;
+/// Tokens per step: long enough for efficient matrix products, short enough to keep decoding smooth and a step's buffers
+/// small.
+const DEFAULT_MAX_NUM_BATCHED_TOKENS: usize = 256;
 /// KV cache bytes unless the operator says otherwise: this at most, and a quarter of free memory.
 const DEFAULT_KV_CACHE_BYTES: usize = 4 << 30;
 
-/// Limits of an executor whose KV cache has elements of `element_size` bytes in main memory.
+/// Limits of an executor whose KV cache has pages of `page_bytes` bytes, all layers together, in main memory.
 ///
 /// # Errors
 /// [`Error::Config`] for limits that leave no room for one sequence.
-pub(super) fn plan(spec: &DecoderSpec, config: &EngineConfig, element_size: usize) -> Result<Capacity, Error> {
+pub(super) fn plan(spec: &DecoderSpec, config: &EngineConfig, page_bytes: usize) -> Result<Capacity, Error> {
     let max_num_seqs = config.max_num_seqs.unwrap_or(DEFAULT_MAX_NUM_SEQS);
     let asked_len = config.max_model_len.unwrap_or(spec.max_position);
     for (option, value) in [
@@ -32,7 +33,6 @@ pub(super) fn plan(spec: &DecoderSpec, config: &EngineConfig, element_size: usiz
             format!("{asked_len} is more than the model's {} positions; lower it", spec.max_position),
         ));
     }
-    let page_bytes = spec.kv_bytes_per_token(element_size) * PAGE_SIZE;
     let useful = max_num_seqs.saturating_mul(asked_len.div_ceil(PAGE_SIZE)).saturating_mul(page_bytes);
     let kv_bytes = config.kv_cache_memory_bytes.unwrap_or_else(|| {
         let quarter = free_memory().map_or(usize::MAX, |free| free / 4);

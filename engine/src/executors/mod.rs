@@ -91,9 +91,9 @@ pub fn create(
     match config.device {
         DeviceChoice::Cpu => on_cpu(spec, weights, config),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(index) => Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, index)?)),
+        DeviceChoice::Cuda(index) => on_cuda(spec, weights, config, index),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Auto if cuda::is_available() => Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, 0)?)),
+        DeviceChoice::Auto if cuda::is_available() => on_cuda(spec, weights, config, 0),
         DeviceChoice::Auto => on_cpu(spec, weights, config),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => Err(Error::config(
@@ -101,6 +101,26 @@ pub fn create(
             "this build has no CUDA; build with `--features cuda`, or use `--device cpu`",
         )),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn on_cuda(
+    spec: &DecoderSpec,
+    weights: &dyn WeightSource,
+    config: &EngineConfig,
+    index: usize,
+) -> Result<Box<dyn Executor>, Error> {
+    if config.kv_cache_dtype != crate::KvCacheDType::Auto {
+        let message = "on a GPU the KV cache has the activations' type; use `--kv-cache-dtype auto` or `--device cpu`";
+        return Err(Error::config("--kv-cache-dtype", message));
+    }
+    if config.quantization.is_some() {
+        return Err(Error::config(
+            "--quantization",
+            "rounding at load is for the CPU; leave it out or use `--device cpu`",
+        ));
+    }
+    Ok(Box::new(cuda::CudaExecutor::new(spec, weights, config, index)?))
 }
 
 fn on_cpu(spec: &DecoderSpec, weights: &dyn WeightSource, config: &EngineConfig) -> Result<Box<dyn Executor>, Error> {

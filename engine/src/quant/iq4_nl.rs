@@ -4,7 +4,7 @@
 //! Layout as in ggml's `block_iq4_nl`: the scale, then 16 bytes whose low halves are elements 0 to 15 and whose high
 //! halves are elements 16 to 31.
 
-use super::{Affine, Codes, GROUP, QuantFormat, f16_at, read_nibbles, u16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, read_nibbles, u16_at};
 
 /// The IQ4_NL format.
 pub struct Iq4Nl;
@@ -45,10 +45,10 @@ impl QuantFormat for Iq4Nl {
     }
 
     fn affine(&self) -> Option<Affine> {
-        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
             read_values(&block[2..], codes);
-            (u16_at(block, 0), 0)
+            GroupScales { scale: u16_at(block, 0), ..GroupScales::default() }
         };
-        Some(Affine { codes: Codes::Bytes, read })
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::Single }, read })
     }
 }

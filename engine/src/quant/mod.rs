@@ -27,35 +27,85 @@ pub trait QuantFormat: Send + Sync {
     fn block_bytes(&self) -> usize;
     /// Decodes `blocks` (a whole number of blocks) into `out` (as many elements).
     fn dequantize(&self, blocks: &[u8], out: &mut [f32]);
-    /// How to read the codes of a block without decoding them, if its values are `code * scale + minimum` with
-    /// half-precision scales for each [`GROUP`] elements.
+    /// How to read the codes of a block without decoding them, if its values are integer codes times a scale for each
+    /// [`GROUP`] elements (or half as many), perhaps plus a minimum.
     fn affine(&self) -> Option<Affine> {
+        None
+    }
+
+    /// Rounds [`GROUP`] values to a block, of formats whose blocks have that size and that floats can be rounded to at
+    /// load.
+    fn quantizer(&self) -> Option<Quantizer> {
         None
     }
 }
 
+/// Rounds values to a block.
+pub type Quantizer = fn(values: &[f32; GROUP], block: &mut [u8]);
+
 /// Elements that share a scale in [`Affine`] formats.
 pub const GROUP: usize = 32;
 
-/// The codes and scales of a format; `value = code * scale + minimum`.
+/// The codes and scales of a format.
 #[derive(Clone, Copy)]
 pub struct Affine {
-    /// The set of codes, and what the minimum is.
+    /// The set of codes, and how values come from them.
     pub codes: Codes,
-    /// Reads one block of [`GROUP`] elements: its codes into the slice, and its scale and minimum as half-precision bits
-    /// (the minimum is 0 where [`Codes`] defines it).
-    pub read: fn(block: &[u8], codes: &mut [i8; GROUP]) -> (u16, u16),
+    /// Reads group `index` of a block: its codes into the slice, and its scales.
+    pub read: fn(block: &[u8], index: usize, codes: &mut [i8; GROUP]) -> GroupScales,
 }
 
-/// Integer codes of a group.
+/// Integer codes of a group and what they mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Codes {
-    /// 0 to 15, with a stored minimum.
-    NibblesWithMinimum,
-    /// 0 to 15; the minimum is -8 scales.
-    NibblesAroundEight,
-    /// -128 to 127; the minimum is 0.
-    Bytes,
+pub struct Codes {
+    /// Codes are 0 to 15; else -128 to 127.
+    pub nibbles: bool,
+    /// How values come from codes.
+    pub scales: Scales,
+}
+
+/// How values come from codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// `code * scale`.
+    Single,
+    /// `(code - 8) * scale`.
+    AroundEight,
+    /// `code * scale + minimum`.
+    WithMinimum,
+    /// `code * (factors[0] * scale) - factors[1] * minimum`, factors unsigned; scale and minimum are the same for 256
+    /// elements.
+    InUnits,
+    /// `code * (factors[i] * scale)`, where `i` is 0 for the first 16 elements, else 1; factors signed; the scale is the
+    /// same for 256 elements.
+    BySixteen,
+}
+
+/// What a group of elements stores beside its codes; see [`Scales`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GroupScales {
+    /// Half-precision bits.
+    pub scale: u16,
+    /// Half-precision bits; 0 where there is none.
+    pub minimum: u16,
+    /// Small integers; 0 where there are none.
+    pub factors: [u8; 2],
+}
+
+impl GroupScales {
+    /// The value of element `i`, whose code is `code`.
+    #[cfg(test)]
+    pub fn value(&self, kind: Scales, code: i8, i: usize) -> f32 {
+        let half = |bits| half::f16::from_bits(bits).to_f32();
+        let (code, scale, minimum) = (f32::from(code), half(self.scale), half(self.minimum));
+        match kind {
+            Scales::Single => code * scale,
+            Scales::AroundEight => (code - 8.0) * scale,
+            Scales::WithMinimum => code * scale + minimum,
+            Scales::InUnits => code * (scale * f32::from(self.factors[0])) - minimum * f32::from(self.factors[1]),
+            Scales::BySixteen => code * (scale * f32::from(self.factors[i / 16] as i8)),
+        }
+    }
 }
 
 /// Codes 0 to 15 of `packed`: the low halves, then the high halves.
@@ -100,6 +150,11 @@ pub const FORMATS: &[&dyn QuantFormat] = &[
 /// The format of GGUF's type number `ggml_type`.
 pub fn by_ggml_type(ggml_type: u32) -> Option<&'static dyn QuantFormat> {
     FORMATS.iter().copied().find(|format| format.ggml_type() == ggml_type)
+}
+
+/// The format that GGUF tools call `name`.
+pub fn by_name(name: &str) -> Option<&'static dyn QuantFormat> {
+    FORMATS.iter().copied().find(|format| format.name() == name)
 }
 
 /// The half-precision number at `block[offset..offset + 2]`.
@@ -160,6 +215,35 @@ mod tests {
     }
 
     #[test]
+    fn rounded_values_are_near() {
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        for format in FORMATS {
+            let Some(quantize) = format.quantizer() else {
+                continue;
+            };
+            assert_eq!(format.block_size(), GROUP, "{}", format.name());
+            let n_steps = if format.name() == "Q8_0" { 127.0 } else { 8.0 };
+            for size in [1.0f32, 1e-3, 0.0] {
+                let values: [f32; GROUP] = std::array::from_fn(|_| size * next());
+                let mut block = vec![0; format.block_bytes()];
+                quantize(&values, &mut block);
+                let mut back = [f32::NAN; GROUP];
+                format.dequantize(&block, &mut back);
+                let largest = values.iter().fold(0f32, |max, v| max.max(v.abs()));
+                for (value, back) in values.iter().zip(back) {
+                    // At the far end of an uneven range the last step is missing.
+                    let error = (value - back).abs();
+                    assert!(error <= 1.01 * largest / n_steps, "{}: {value} became {back}", format.name());
+                }
+            }
+        }
+    }
+
+    #[test]
     fn names_and_type_numbers_are_unique_and_sorted() {
         let names: Vec<_> = FORMATS.iter().map(|f| f.name()).collect();
         assert!(names.is_sorted_by(|a, b| a < b), "{names:?}");
@@ -188,18 +272,15 @@ mod tests {
             let Some(affine) = format.affine() else {
                 continue;
             };
-            assert_eq!(format.block_size(), GROUP, "{}", format.name());
+            let block = &blocks[format.block_bytes()..2 * format.block_bytes()];
             let mut codes = [0; GROUP];
-            let (scale, minimum) = (affine.read)(&blocks[format.block_bytes()..2 * format.block_bytes()], &mut codes);
-            let scale = half::f16::from_bits(scale).to_f32();
-            let minimum = match affine.codes {
-                Codes::NibblesWithMinimum => half::f16::from_bits(minimum).to_f32(),
-                Codes::NibblesAroundEight => -8.0 * scale,
-                Codes::Bytes => 0.0,
-            };
-            for (code, value) in codes.iter().zip(&single) {
-                let error = f32::from(*code) * scale + minimum - value;
-                assert!(error.abs() <= value.abs() * 1e-6, "{}: {code} is not {value}", format.name());
+            for (index, values) in single.chunks(GROUP).enumerate() {
+                let scales = (affine.read)(block, index, &mut codes);
+                for (i, (&code, value)) in codes.iter().zip(values).enumerate() {
+                    assert!(!affine.codes.nibbles || (0..16).contains(&code), "{}", format.name());
+                    let error = scales.value(affine.codes.scales, code, i) - value;
+                    assert!(error.abs() <= value.abs() * 1e-6, "{}: {code} is not {value}", format.name());
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Layout as in ggml's `block_q4_0`: the scale, then 16 bytes whose low halves are elements 0 to 15
 //! and whose high halves are elements 16 to 31.
 
-use super::{Affine, Codes, GROUP, QuantFormat, f16_at, read_nibbles, u16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Quantizer, Scales, f16_at, read_nibbles, u16_at};
 
 /// The Q4_0 format.
 pub struct Q4_0;
@@ -37,11 +37,26 @@ impl QuantFormat for Q4_0 {
     }
 
     fn affine(&self) -> Option<Affine> {
-        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
             read_nibbles(&block[2..], codes);
-            (u16_at(block, 0), 0)
+            GroupScales { scale: u16_at(block, 0), ..GroupScales::default() }
         };
-        Some(Affine { codes: Codes::NibblesAroundEight, read })
+        Some(Affine { codes: Codes { nibbles: true, scales: Scales::AroundEight }, read })
+    }
+
+    /// As ggml does it: the value of greatest size becomes code 0, which is -8 scales.
+    fn quantizer(&self) -> Option<Quantizer> {
+        Some(|values, block| {
+            let largest = values.iter().fold(0f32, |best, &v| if v.abs() > best.abs() { v } else { best });
+            let scale = largest / -8.0;
+            let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
+            let code = |value: f32| (value * inverse + 8.5).clamp(0.0, 15.0) as u8;
+            block[..2].copy_from_slice(&half::f16::from_f32(scale).to_le_bytes());
+            let (low, high) = values.split_at(GROUP / 2);
+            for ((byte, &low), &high) in block[2..].iter_mut().zip(low).zip(high) {
+                *byte = code(low) | code(high) << 4;
+            }
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 //! Layout as in ggml's `block_q4_1`: the scale, the minimum, then 16 bytes whose low halves are
 //! elements 0 to 15 and whose high halves are elements 16 to 31.
 
-use super::{Affine, Codes, GROUP, QuantFormat, f16_at, read_nibbles, u16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, read_nibbles, u16_at};
 
 /// The Q4_1 format.
 pub struct Q4_1;
@@ -37,11 +37,11 @@ impl QuantFormat for Q4_1 {
     }
 
     fn affine(&self) -> Option<Affine> {
-        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
             read_nibbles(&block[4..], codes);
-            (u16_at(block, 0), u16_at(block, 2))
+            GroupScales { scale: u16_at(block, 0), minimum: u16_at(block, 2), ..GroupScales::default() }
         };
-        Some(Affine { codes: Codes::NibblesWithMinimum, read })
+        Some(Affine { codes: Codes { nibbles: true, scales: Scales::WithMinimum }, read })
     }
 }
 

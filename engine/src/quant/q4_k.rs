@@ -4,7 +4,7 @@
 //! Layout as in ggml's `block_q4_K`: the scales' unit, the minima's unit, 12 bytes of scales and minima, 128 bytes of
 //! elements: of each 32 bytes, the low halves are 32 elements, the high halves the next 32.
 
-use super::{QuantFormat, f16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, u16_at};
 
 /// The Q4_K format.
 pub struct Q4K;
@@ -39,6 +39,17 @@ impl QuantFormat for Q4K {
                 }
             }
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], index: usize, codes: &mut [i8; GROUP]| {
+            let (scale, minimum) = read_scale_and_minimum(&block[4..16], index);
+            for (code, &byte) in codes.iter_mut().zip(&block[16 + index / 2 * 32..]) {
+                *code = (byte >> (index % 2 * 4) & 15) as i8;
+            }
+            GroupScales { scale: u16_at(block, 0), minimum: u16_at(block, 2), factors: [scale, minimum] }
+        };
+        Some(Affine { codes: Codes { nibbles: true, scales: Scales::InUnits }, read })
     }
 }
 

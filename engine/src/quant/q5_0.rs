@@ -3,7 +3,7 @@
 //! Layout as in ggml's `block_q5_0`: the scale, 4 bytes with the fifth bits of elements 0 to 31, then 16 bytes whose
 //! low halves are elements 0 to 15 and whose high halves are elements 16 to 31.
 
-use super::{Affine, Codes, GROUP, QuantFormat, f16_at, read_five_bits, u16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, read_five_bits, u16_at};
 
 /// The Q5_0 format.
 pub struct Q5_0;
@@ -41,10 +41,10 @@ impl QuantFormat for Q5_0 {
     }
 
     fn affine(&self) -> Option<Affine> {
-        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
             read(block, codes);
-            (u16_at(block, 0), 0)
+            GroupScales { scale: u16_at(block, 0), ..GroupScales::default() }
         };
-        Some(Affine { codes: Codes::Bytes, read })
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::Single }, read })
     }
 }

@@ -3,7 +3,7 @@
 //! Layout as in ggml's `block_q5_1`: the scale, the minimum, 4 bytes with the fifth bits of elements 0 to 31, then 16
 //! bytes whose low halves are elements 0 to 15 and whose high halves are elements 16 to 31.
 
-use super::{GROUP, QuantFormat, f16_at, read_five_bits};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, read_five_bits, u16_at};
 
 /// The Q5_1 format.
 pub struct Q5_1;
@@ -32,5 +32,13 @@ impl QuantFormat for Q5_1 {
             read_five_bits(&block[4..], &mut codes);
             out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code) * scale + minimum);
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
+            read_five_bits(&block[4..], codes);
+            GroupScales { scale: u16_at(block, 0), minimum: u16_at(block, 2), ..GroupScales::default() }
+        };
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::WithMinimum }, read })
     }
 }

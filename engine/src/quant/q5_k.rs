@@ -5,7 +5,7 @@
 //! fifth bits (of element 32 n + i: bit n of byte i), 128 bytes of the lower four bits: of each 32 bytes, the low halves
 //! are 32 elements, the high halves the next 32.
 
-use super::{QuantFormat, f16_at, q4_k::read_scale_and_minimum};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, q4_k::read_scale_and_minimum, u16_at};
 
 /// The Q5_K format.
 pub struct Q5K;
@@ -40,5 +40,16 @@ impl QuantFormat for Q5K {
                 }
             }
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], index: usize, codes: &mut [i8; GROUP]| {
+            let (scale, minimum) = read_scale_and_minimum(&block[4..16], index);
+            for ((code, &low), &high) in codes.iter_mut().zip(&block[48 + index / 2 * 32..]).zip(&block[16..48]) {
+                *code = ((low >> (index % 2 * 4) & 15) | (high >> index & 1) << 4) as i8;
+            }
+            GroupScales { scale: u16_at(block, 0), minimum: u16_at(block, 2), factors: [scale, minimum] }
+        };
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::InUnits }, read })
     }
 }

@@ -5,7 +5,7 @@
 //! The lower bits of elements 128 n to 128 n + 127 lie in bytes 64 n to 64 n + 63, the first 64 in the low halves; the
 //! upper bits in bytes 32 n to 32 n + 31, the first 32 in the lowest bits.
 
-use super::{QuantFormat, f16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Scales, f16_at, u16_at};
 
 /// The Q6_K format.
 pub struct Q6K;
@@ -29,19 +29,34 @@ impl QuantFormat for Q6K {
 
     fn dequantize(&self, blocks: &[u8], out: &mut [f32]) {
         for (block, out) in blocks.chunks_exact(210).zip(out.chunks_exact_mut(256)) {
-            let (lower, upper, scales) = (&block[..128], &block[128..192], &block[192..208]);
             let unit = f16_at(block, 208);
-            for (i, out) in out.chunks_exact_mut(16).enumerate() {
-                let scale = unit * f32::from(scales[i] as i8);
-                let (half, quarter, first) = (i / 8, i % 8 / 2, i % 2 * 16);
-                let lower = &lower[half * 64 + quarter % 2 * 32 + first..];
-                let upper = &upper[half * 32 + first..];
-                let (shift, upper_shift) = (quarter / 2 * 4, quarter * 2);
-                for ((&low, &high), out) in lower.iter().zip(upper).zip(out) {
-                    let q = (low >> shift & 15) | (high >> upper_shift & 3) << 4;
-                    *out = scale * f32::from(q as i8 - 32);
+            let mut codes = [0; GROUP];
+            for (i, out) in out.chunks_exact_mut(GROUP).enumerate() {
+                read_codes(block, i, &mut codes);
+                for (half, (codes, out)) in codes.chunks(16).zip(out.chunks_mut(16)).enumerate() {
+                    let scale = unit * f32::from(block[192 + 2 * i + half] as i8);
+                    out.iter_mut().zip(codes).for_each(|(out, &code)| *out = scale * f32::from(code));
                 }
             }
         }
+    }
+
+    fn affine(&self) -> Option<Affine> {
+        let read = |block: &[u8], index: usize, codes: &mut [i8; GROUP]| {
+            read_codes(block, index, codes);
+            let factors = [block[192 + 2 * index], block[193 + 2 * index]];
+            GroupScales { scale: u16_at(block, 208), minimum: 0, factors }
+        };
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::BySixteen }, read })
+    }
+}
+
+/// Codes -32 to 31 of elements `32 * index` to `32 * index + 31`.
+fn read_codes(block: &[u8], index: usize, codes: &mut [i8; GROUP]) {
+    let (half, quarter) = (index / 4, index % 4);
+    let (lower, upper) = (&block[half * 64 + quarter % 2 * 32..], &block[128 + half * 32..]);
+    let (shift, upper_shift) = (quarter / 2 * 4, quarter * 2);
+    for ((&low, &high), code) in lower.iter().zip(upper).zip(codes) {
+        *code = ((low >> shift & 15) | (high >> upper_shift & 3) << 4) as i8 - 32;
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Layout as in ggml's `block_q8_0`: the scale, then 32 signed bytes.
 
-use super::{Affine, Codes, GROUP, QuantFormat, f16_at, u16_at};
+use super::{Affine, Codes, GROUP, GroupScales, QuantFormat, Quantizer, Scales, f16_at, u16_at};
 
 /// The Q8_0 format.
 pub struct Q8_0;
@@ -34,11 +34,22 @@ impl QuantFormat for Q8_0 {
     }
 
     fn affine(&self) -> Option<Affine> {
-        let read = |block: &[u8], codes: &mut [i8; GROUP]| {
+        let read = |block: &[u8], _: usize, codes: &mut [i8; GROUP]| {
             codes.copy_from_slice(bytemuck::cast_slice(&block[2..]));
-            (u16_at(block, 0), 0)
+            GroupScales { scale: u16_at(block, 0), ..GroupScales::default() }
         };
-        Some(Affine { codes: Codes::Bytes, read })
+        Some(Affine { codes: Codes { nibbles: false, scales: Scales::Single }, read })
+    }
+
+    fn quantizer(&self) -> Option<Quantizer> {
+        Some(|values, block| {
+            let scale = values.iter().fold(0f32, |max, v| max.max(v.abs())) / 127.0;
+            let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
+            block[..2].copy_from_slice(&half::f16::from_f32(scale).to_le_bytes());
+            for (byte, value) in block[2..].iter_mut().zip(values) {
+                *byte = (value * inverse).round() as i8 as u8;
+            }
+        })
     }
 }
 

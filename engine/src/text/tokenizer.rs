@@ -1,6 +1,10 @@
 //! [`Tokenizer`]: text to token ids and back, on Hugging Face's `tokenizers`.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use serde_json::Value;
 use tokenizers::{
@@ -23,8 +27,9 @@ const SPECIAL_TOKEN_FIELDS: [&str; 6] = ["bos_token", "eos_token", "unk_token", 
 pub struct Tokenizer {
     /// Special tokens in the text become their ids.
     parsing: tokenizers::Tokenizer,
-    /// Special tokens in the text are plain text.
-    plain: tokenizers::Tokenizer,
+    /// Special tokens in the text are plain text. A copy with all tables, so made when the first plain text comes: a
+    /// chat server never needs it.
+    plain: OnceLock<tokenizers::Tokenizer>,
     table: Arc<TokenTable>,
     /// Token put before every prompt, where `tokenizers`' own post-processor does not.
     prefix: Option<u32>,
@@ -110,11 +115,10 @@ impl Tokenizer {
         let is_special = |id: u32| added.get(&id).is_some_and(|token| token.special);
         let table =
             TokenTable::new(n_tokens, vocab.into_iter().map(|(token, id)| (id, token, is_special(id))), spelling);
-        let mut plain = parsing.clone();
-        plain.set_encode_special_tokens(true);
+        let plain = OnceLock::new();
         let mut tokenizer = Self { parsing, plain, table: Arc::new(table), prefix: None, special };
         if tokenizer.special.add_bos == Some(true) {
-            let begins_with = tokenizer.encode("a", true).map_err(|e| e.to_string())?.first().copied();
+            let begins_with = encode(&tokenizer.parsing, "a", true).map_err(|e| e.to_string())?.first().copied();
             tokenizer.prefix = tokenizer.special.bos.filter(|&bos| begins_with != Some(bos));
         }
         Ok(tokenizer)
@@ -126,7 +130,12 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::InvalidRequest`] if the vocabulary cannot express the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
-        let mut ids = encode(&self.plain, text, add_special_tokens)?;
+        let plain = self.plain.get_or_init(|| {
+            let mut plain = self.parsing.clone();
+            plain.set_encode_special_tokens(true);
+            plain
+        });
+        let mut ids = encode(plain, text, add_special_tokens)?;
         if let (true, Some(prefix)) = (add_special_tokens, self.prefix) {
             ids.insert(0, prefix);
         }

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 
-use crate::quant::QuantFormat;
+use crate::quant::{GROUP, QuantFormat};
 
 /// Elements converted by one task: a multiple of every block size, small enough for the L2 cache.
 const CHUNK: usize = 16 * 1024;
@@ -146,6 +146,30 @@ impl StoredTensor {
 }
 
 impl TensorView<'_> {
+    /// The tensor rounded to `format`; `None` if it is not of floats, its rows are not whole blocks, or there is no
+    /// rounding to the format.
+    pub fn quantize(&self, format: &'static dyn QuantFormat) -> Option<TensorView<'static>> {
+        let (quantize, n_columns) = (format.quantizer()?, self.n_columns());
+        if matches!(self.dtype, DType::Quant(_)) || !n_columns.is_multiple_of(GROUP) {
+            return None;
+        }
+        let dtype = DType::Quant(format);
+        let mut data = vec![0; dtype.size_of(self.n_elements())?];
+        data.par_chunks_mut(n_columns / GROUP * format.block_bytes())
+            .zip(self.data.par_chunks(self.row_bytes()))
+            .for_each_init(
+                || vec![0.0; n_columns],
+                |values, (blocks, row)| {
+                    self.dtype.decode(row, values);
+                    let groups = values.as_chunks::<GROUP>().0;
+                    for (values, block) in groups.iter().zip(blocks.chunks_exact_mut(format.block_bytes())) {
+                        quantize(values, block);
+                    }
+                },
+            );
+        Some(TensorView { dtype, shape: self.shape.clone(), data: Cow::Owned(data) })
+    }
+
     /// Elements in all.
     pub fn n_elements(&self) -> usize {
         self.shape.iter().product()

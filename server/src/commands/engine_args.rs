@@ -1,7 +1,7 @@
 //! Options of the engine, the same for every subcommand that loads a model.
 
 use clap::{ArgAction, Args, ValueEnum};
-use ember_engine::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, SchedulingPolicy};
+use ember_engine::{DTypeChoice, DeviceChoice, EngineConfig, KvCacheDType, LoadFormat, Quantization, SchedulingPolicy};
 
 use crate::Error;
 
@@ -20,6 +20,10 @@ pub struct EngineArgs {
     /// auto reads the model's weights; dummy makes random ones of its dimensions, for benchmarks.
     #[arg(long, env = "EMBER_LOAD_FORMAT", default_value = "auto", value_enum)]
     pub load_format: Format,
+
+    /// Round float weights to this GGUF format at load [default: keep them]. CPU only.
+    #[arg(long, short = 'q', env = "EMBER_QUANTIZATION", value_enum)]
+    pub quantization: Option<QuantizationFormat>,
 
     /// Longest prompt + output in tokens: a number, 8k (8000), 8K (8192), or auto for the model's
     /// own limit, lowered to what memory holds.
@@ -41,6 +45,10 @@ pub struct EngineArgs {
     /// Bytes for the KV cache, such as 4G; overrides --gpu-memory-utilization.
     #[arg(long, env = "EMBER_KV_CACHE_MEMORY_BYTES", value_parser = parse_size)]
     pub kv_cache_memory_bytes: Option<usize>,
+
+    /// Element type of the KV cache; q8_0 (8-bit integers with a scale per 32) halves it. The choice is the CPU's.
+    #[arg(long, env = "EMBER_KV_CACHE_DTYPE", default_value = "auto", value_enum)]
+    pub kv_cache_dtype: KvDType,
 
     /// Reuse the KV cache of equal prompt prefixes (the default).
     #[arg(long, overrides_with = "no_enable_prefix_caching")]
@@ -73,6 +81,27 @@ pub enum DType {
     #[value(alias = "half")]
     Float16,
     Bfloat16,
+}
+
+/// See [`Quantization`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum QuantizationFormat {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+/// See [`KvCacheDType`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum KvDType {
+    Auto,
+    #[value(alias = "f16", alias = "half")]
+    Float16,
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 /// See [`LoadFormat`].
@@ -134,6 +163,10 @@ impl EngineArgs {
                 Format::Auto => LoadFormat::Auto,
                 Format::Dummy => LoadFormat::Dummy,
             },
+            quantization: self.quantization.map(|format| match format {
+                QuantizationFormat::Q8_0 => Quantization::Q8_0,
+                QuantizationFormat::Q4_0 => Quantization::Q4_0,
+            }),
             max_model_len: match self.max_model_len {
                 AutoSize::Auto => None,
                 AutoSize::Size(0) => {
@@ -145,6 +178,11 @@ impl EngineArgs {
             max_num_batched_tokens: self.max_num_batched_tokens,
             gpu_memory_utilization: self.gpu_memory_utilization,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
+            kv_cache_dtype: match self.kv_cache_dtype {
+                KvDType::Auto => KvCacheDType::Auto,
+                KvDType::Float16 => KvCacheDType::Float16,
+                KvDType::Q8_0 => KvCacheDType::Q8_0,
+            },
             enable_prefix_caching: !self.no_enable_prefix_caching,
             chat_template: self.chat_template.clone(),
             scheduling_policy: match self.scheduling_policy {

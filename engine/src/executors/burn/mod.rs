@@ -46,7 +46,7 @@ impl BurnExecutor {
         if !matches!(config.dtype, DTypeChoice::Auto | DTypeChoice::Float32) {
             return Err(Error::config("--dtype", "the CPU computes in float32; use `--dtype float32` or `auto`"));
         }
-        let capacity = host_capacity::plan(spec, config, ELEMENT_SIZE)?;
+        let capacity = host_capacity::plan(spec, config, spec.kv_bytes_per_token(ELEMENT_SIZE) * PAGE_SIZE)?;
         let n_kv_tokens = capacity.n_pages * PAGE_SIZE;
         let model = BurnModel::load(spec, weights, &capacity, &device)?;
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);

@@ -1,6 +1,6 @@
 //! [`Activations`]: the input rows of a product, as float32 and as 16-bit integers.
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 use super::{
     disjoint::Disjoint,
@@ -14,7 +14,7 @@ pub struct Activations {
     n_cols: usize,
     /// Ranges of rows, one after the other.
     segments: Vec<Range<usize>>,
-    /// `[n_rows, n_cols]`.
+    /// `[n_rows, n_cols]`; empty if no matrix wants floats.
     rows: Vec<f32>,
     /// Block after block as in [`ActivationBlock`]; empty if no matrix wants integers.
     codes: Vec<i16>,
@@ -36,6 +36,13 @@ impl Activations {
             sums: vec![0.0; n / GROUP],
             quantized,
         }
+    }
+
+    /// Without room for the rows as float32, which matrices of integer codes never read.
+    pub fn without_floats(mut self) -> Self {
+        debug_assert!(self.quantized);
+        self.rows = Vec::new();
+        self
     }
 
     /// Sets the rows, all of one segment: `fill` writes row `m` of `n_rows`, on any thread.
@@ -67,26 +74,35 @@ impl Activations {
         let n_cols = self.n_cols;
         let n_groups = n_cols / GROUP;
         let per_task = n_rows.div_ceil(4 * pool.n_threads());
-        let quantized = self.quantized;
+        let (quantized, keep) = (self.quantized, !self.rows.is_empty());
         let rows = Disjoint::new(&mut self.rows);
         let codes = Disjoint::new(&mut self.codes);
         let (scales, sums) = (Disjoint::new(&mut self.scales), Disjoint::new(&mut self.sums));
         pool.run(n_rows.div_ceil(per_task.max(1)), &|task| {
             for m in task * per_task..((task + 1) * per_task).min(n_rows) {
-                // SAFETY: each row belongs to one task.
-                let row = unsafe { rows.range(m * n_cols..(m + 1) * n_cols) };
-                fill(m, row);
-                if quantized {
-                    let segment = &segments[segments.partition_point(|segment| segment.end <= m)];
-                    let (first, width) = block_of(segment.len(), m - segment.start);
-                    let first = segment.start + first;
-                    let block = QuantizedRows {
-                        codes: codes.ptr_at(first * n_cols),
-                        scales: scales.ptr_at(first * n_groups),
-                        sums: sums.ptr_at(first * n_groups),
-                    };
-                    // SAFETY: blocks hold `width` rows of `n_cols` columns; each row belongs to one task.
-                    unsafe { kernels.quantize(row, (width, m - first), block) };
+                let fill_and_round = |row: &mut [f32]| {
+                    fill(m, row);
+                    if quantized {
+                        let segment = &segments[segments.partition_point(|segment| segment.end <= m)];
+                        let (first, width) = block_of(segment.len(), m - segment.start);
+                        let first = segment.start + first;
+                        let block = QuantizedRows {
+                            codes: codes.ptr_at(first * n_cols),
+                            scales: scales.ptr_at(first * n_groups),
+                            sums: sums.ptr_at(first * n_groups),
+                        };
+                        // SAFETY: blocks hold `width` rows of `n_cols` columns; each row belongs to one task.
+                        unsafe { kernels.quantize(row, (width, m - first), block) };
+                    }
+                };
+                if keep {
+                    // SAFETY: each row belongs to one task.
+                    fill_and_round(unsafe { rows.range(m * n_cols..(m + 1) * n_cols) });
+                } else {
+                    ROW.with_borrow_mut(|row| {
+                        row.resize(row.len().max(n_cols), 0.0);
+                        fill_and_round(&mut row[..n_cols]);
+                    });
                 }
             }
         });
@@ -144,6 +160,11 @@ impl<'a> Rows<'a> {
             Some((start, block))
         })
     }
+}
+
+thread_local! {
+    /// A row that is kept as integers only.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// First row and number of rows of the block that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none

@@ -6,11 +6,12 @@ use std::{cell::RefCell, ops::Range};
 use super::{
     disjoint::Disjoint,
     kernels::{Kernels, Operand, Output, TILE_COLS, TILE_ROWS},
-    kv_cache::{KvCache, KvLayout},
+    kv_cache::{KvCache, KvPage},
     pool::Pool,
 };
 use crate::{
     decoder::DecoderSpec,
+    quant::GROUP,
     step::{PAGE_SIZE, StepInput},
 };
 
@@ -134,7 +135,7 @@ impl Attention {
             n_kv_heads: spec.n_kv_heads,
             head_dim: spec.head_dim,
             window: spec.sliding_window,
-            value_stride: KvLayout::new(spec).value_stride(),
+            value_stride: spec.head_dim.next_multiple_of(TILE_COLS),
             parts: Vec::new(),
         }
     }
@@ -204,13 +205,13 @@ impl Attention {
             let n_tokens = TILE_TOKENS.min(piece.context.end - first);
             let pages = &pages[first / PAGE_SIZE..(first + n_tokens).div_ceil(PAGE_SIZE)];
             for (p, &page) in pages.iter().enumerate() {
-                let keys = Operand { ptr: input.cache.keys(page, kv_head).as_ptr(), stride: PAGE_SIZE };
+                let page = input.cache.page(page, kv_head);
                 for row in (0..n_rows).step_by(TILE_ROWS) {
                     let queries = Operand { ptr: scratch.queries[row * d..].as_ptr(), stride: d };
                     let scores = scratch.scores[row * TILE_TOKENS + p * PAGE_SIZE..].as_mut_ptr();
                     let out = Output { ptr: scores, stride: TILE_TOKENS, accumulate: false };
-                    // SAFETY: at most six of the rows left; a page's keys are `[head_dim, 16]`.
-                    unsafe { kernels.tile((TILE_ROWS.min(n_rows - row), d), queries, keys, out) };
+                    // SAFETY: at most six of the rows left.
+                    unsafe { self.score(kernels, (TILE_ROWS.min(n_rows - row), queries), page, out) };
                 }
             }
             for row in 0..n_rows {
@@ -230,17 +231,80 @@ impl Attention {
             for (p, &page) in pages.iter().enumerate() {
                 // What lies behind the last token is not to be touched: it may be anything.
                 let depth = PAGE_SIZE.min(n_tokens - p * PAGE_SIZE);
-                let values = input.cache.values(page, kv_head);
+                let page = input.cache.page(page, kv_head);
                 for row in (0..n_rows).step_by(TILE_ROWS) {
                     let weights = scratch.scores[row * TILE_TOKENS + p * PAGE_SIZE..].as_ptr();
                     let weights = Operand { ptr: weights, stride: TILE_TOKENS };
-                    for column in (0..stride).step_by(TILE_COLS) {
+                    let sums = scratch.sums[row * stride..].as_mut_ptr();
+                    let out = Output { ptr: sums, stride, accumulate: true };
+                    // SAFETY: at most six of the rows left; at most a page's tokens.
+                    unsafe { self.add_values(kernels, (TILE_ROWS.min(n_rows - row), depth, weights), page, out) };
+                }
+            }
+        }
+    }
+
+    /// Products of at most [`TILE_ROWS`] queries, `[n_rows, head_dim]`, with a page's keys: `out`, `[n_rows, PAGE_SIZE]`.
+    ///
+    /// # Safety
+    /// Both must be valid for these sizes, and nobody else may use `out` meanwhile.
+    unsafe fn score(&self, kernels: &Kernels, (n_rows, queries): (usize, Operand<f32>), page: KvPage<'_>, out: Output) {
+        match page {
+            KvPage::F16 { keys, .. } => {
+                let keys = Operand { ptr: keys.as_ptr(), stride: PAGE_SIZE };
+                // SAFETY: the caller's promise; a page's keys are `[head_dim, PAGE_SIZE]`.
+                unsafe { kernels.tile((n_rows, self.head_dim), queries, keys, out) };
+            }
+            KvPage::Q8_0 { keys, key_scales, .. } => {
+                for (g, scales) in key_scales.iter().enumerate() {
+                    let depth = GROUP.min(self.head_dim - g * GROUP);
+                    let queries = Operand { ptr: queries.ptr.wrapping_add(g * GROUP), ..queries };
+                    let keys = Operand { ptr: keys[g * GROUP * PAGE_SIZE..].as_ptr(), stride: PAGE_SIZE };
+                    // SAFETY: as above.
+                    unsafe {
+                        kernels.tile_i8((n_rows, depth), queries, (keys, scales), Output { accumulate: g > 0, ..out });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds to `out`, `[n_rows, value_stride]`, the sums of the first `depth` tokens' values of a page times `weights`,
+    /// `[n_rows, depth]`.
+    ///
+    /// # Safety
+    /// Both must be valid for these sizes, and nobody else may use `out` meanwhile.
+    unsafe fn add_values(
+        &self,
+        kernels: &Kernels,
+        (n_rows, depth, weights): (usize, usize, Operand<f32>),
+        page: KvPage<'_>,
+        out: Output,
+    ) {
+        let stride = self.value_stride;
+        let at = |column: usize| Output { ptr: out.ptr.wrapping_add(column), ..out };
+        match page {
+            KvPage::F16 { values, .. } => {
+                for column in (0..stride).step_by(TILE_COLS) {
+                    let values = Operand { ptr: values[column..].as_ptr(), stride };
+                    // SAFETY: the caller's promise; a page's values are `[PAGE_SIZE, value_stride]`.
+                    unsafe { kernels.tile((n_rows, depth), weights, values, at(column)) };
+                }
+            }
+            KvPage::Q8_0 { values, value_scales, .. } => {
+                let mut scaled = [[0f32; PAGE_SIZE]; TILE_ROWS];
+                for (g, scales) in value_scales.iter().enumerate() {
+                    for (row, scaled) in scaled.iter_mut().take(n_rows).enumerate() {
+                        for (token, (scaled, scale)) in scaled.iter_mut().zip(scales).take(depth).enumerate() {
+                            // SAFETY: the caller's promise.
+                            *scaled = unsafe { *weights.ptr.add(row * weights.stride + token) } * scale;
+                        }
+                    }
+                    let weights = Operand { ptr: scaled.as_ptr().cast(), stride: PAGE_SIZE };
+                    for column in (g * GROUP..stride.min((g + 1) * GROUP)).step_by(TILE_COLS) {
                         let values = Operand { ptr: values[column..].as_ptr(), stride };
-                        let sums = scratch.sums[row * stride + column..].as_mut_ptr();
-                        let out = Output { ptr: sums, stride, accumulate: true };
-                        // SAFETY: at most six of the rows left; `depth` tokens of a page's values, whose stride is
-                        // whole tiles.
-                        unsafe { kernels.tile((TILE_ROWS.min(n_rows - row), depth), weights, values, out) };
+                        // SAFETY: as above.
+                        unsafe { kernels.tile_i8((n_rows, depth), weights, (values, &[1.0; TILE_COLS]), at(column)) };
                     }
                 }
             }

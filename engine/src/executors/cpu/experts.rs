@@ -47,6 +47,7 @@ impl ExpertBuffers {
     pub fn new(spec: &DecoderSpec, moe: &Moe, n_tokens: usize, integers: [bool; 3]) -> Self {
         let (h, k) = (spec.hidden_size, moe.n_experts_per_token);
         let shared = moe.shared_intermediate_size;
+        let mlp = |n: usize, width: usize, integers| MlpBuffers::new(width, Activations::new(n, width, integers), n);
         Self {
             hidden_size: h,
             logits: vec![0.0; n_tokens * (moe.n_experts + 1)],
@@ -54,9 +55,9 @@ impl ExpertBuffers {
             slots: vec![0; n_tokens * k],
             tokens: vec![0; n_tokens * k],
             grouped: Activations::new(n_tokens * k, h, integers[0]),
-            mlp: MlpBuffers::new(n_tokens * k, moe.intermediate_size, integers[1]),
+            mlp: mlp(n_tokens * k, moe.intermediate_size, integers[1]),
             out: vec![0.0; n_tokens * k * h],
-            shared: MlpBuffers::new(n_tokens, shared.unwrap_or(0), integers[2]),
+            shared: mlp(n_tokens, shared.unwrap_or(0), integers[2]),
             shared_out: vec![0.0; if shared.is_some() { n_tokens * h } else { 0 }],
         }
     }

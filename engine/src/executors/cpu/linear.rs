@@ -6,7 +6,10 @@ use super::{
     activations::{Activations, Rows},
     arena::Arena,
     disjoint::Disjoint,
-    kernels::{ActivationBlock, DOT_ROWS, DOT_WIDTH, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Output},
+    kernels::{
+        ActivationBlock, DOT_ROWS, DOT_WIDTH, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Output,
+        scale_columns,
+    },
     packed::{PackedMatrix, ROWS},
     pool::Pool,
 };
@@ -17,8 +20,6 @@ const TASK_BYTES: usize = 128 * 1024;
 /// Tasks per thread at least, so that threads end together.
 const TASKS_PER_THREAD: usize = 6;
 
-/// From this many rows of activations on, groups are decoded once for all of them.
-const EXPAND_FROM: usize = 3 * MAX_WIDTH + 1;
 /// Codes that are decoded at once: with them, a block of activations meets weights from the L2 cache.
 const EXPANDED_CODES: usize = 80 * 1024;
 
@@ -93,7 +94,8 @@ impl Linear {
         let mut tasks = Vec::new();
         for (i, part) in parts.iter().enumerate() {
             let (n_groups, group_bytes) = part.matrix.groups();
-            let per_task = task_bytes.div_ceil(group_bytes);
+            // Whole pairs: some kernels take two groups at once.
+            let per_task = task_bytes.div_ceil(group_bytes).next_multiple_of(2);
             for first in (0..n_groups).step_by(per_task) {
                 tasks.push(Task { part: i, groups: first..(first + per_task).min(n_groups) });
             }
@@ -109,6 +111,22 @@ impl Linear {
     /// Whether the product needs its input as integers.
     pub fn wants_integers(&self) -> bool {
         self.parts.iter().any(|part| matches!(part.matrix, Matrix::Packed(_)))
+    }
+
+    /// Whether the product needs its input as float32.
+    pub fn wants_floats(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part.matrix, Matrix::Stored(_)))
+    }
+
+    /// Room for `max_rows` rows of `n_cols` as all of `linears` want them.
+    pub fn inputs<'a>(linears: impl IntoIterator<Item = &'a Self>, max_rows: usize, n_cols: usize) -> Activations {
+        let (mut integers, mut floats) = (false, false);
+        for linear in linears {
+            integers |= linear.wants_integers();
+            floats |= linear.wants_floats();
+        }
+        let inputs = Activations::new(max_rows, n_cols, integers);
+        if integers && !floats { inputs.without_floats() } else { inputs }
     }
 
     /// Bytes of memory, without what lies in memory maps.
@@ -195,63 +213,71 @@ fn run_packed(
     groups: Range<usize>,
 ) -> Range<usize> {
     let rows = groups.start * ROWS..(groups.end * ROWS).min(packed.n_rows());
-    if x.n_rows() < EXPAND_FROM {
-        multiply(packed.n_rows(), x, target, groups, |group, block, out| {
-            // SAFETY: `multiply` gives an output of eight columns of the block's rows.
-            unsafe { kernels.affine(packed.codes(), packed.group(group), block, out) };
+    if x.n_rows() < kernels.expand_from {
+        multiply(packed.n_rows(), x, target, groups, |groups, block, out| {
+            // SAFETY: `multiply` gives an output of eight columns of the block's rows for each group.
+            unsafe { kernels.affine(&packed.groups(groups), block, out) };
         });
         return rows;
     }
     let n_cols = packed.n_cols();
-    let (per_group, per_scale) = (ROWS * n_cols, ROWS * n_cols / GROUP);
+    let (per_group, per_scale) = (ROWS * n_cols, ROWS * n_cols / scale_columns(packed.codes().scales));
+    let per_minimum = ROWS * n_cols / GROUP;
     EXPANDED.with_borrow_mut(|(codes, scales)| {
         let n_at_once = (EXPANDED_CODES / per_group).max(1);
         codes.resize(codes.len().max(n_at_once * per_group), 0);
-        scales.resize(scales.len().max(n_at_once * 2 * per_scale), 0.0);
+        scales.resize(scales.len().max(n_at_once * (per_scale + per_minimum)), 0.0);
         for first in groups.clone().step_by(n_at_once) {
             let some = first..(first + n_at_once).min(groups.end);
             for (i, group) in some.clone().enumerate() {
-                let (scales, minima) = scales[i * 2 * per_scale..][..2 * per_scale].split_at_mut(per_scale);
+                let scales = &mut scales[i * (per_scale + per_minimum)..][..per_scale + per_minimum];
+                let (scales, minima) = scales.split_at_mut(per_scale);
                 let codes = &mut codes[i * per_group..][..per_group];
-                kernels.expand(packed.codes(), packed.group(group), &mut Expanded { codes, scales, minima });
+                kernels.expand(&packed.groups(group..group + 1), &mut Expanded { codes, scales, minima });
             }
-            multiply(packed.n_rows(), x, target, some, |group, block, out| {
-                let i = group - first;
-                let (scales, minima) = scales[i * 2 * per_scale..][..2 * per_scale].split_at(per_scale);
-                let group = ExpandedGroup { codes: &codes[i * per_group..][..per_group], scales, minima };
-                // SAFETY: as above.
-                unsafe { kernels.expanded(&group, block, out) };
+            multiply(packed.n_rows(), x, target, some, |groups, block, out| {
+                for (n, i) in (groups.start - first..groups.end - first).enumerate() {
+                    let scales = &scales[i * (per_scale + per_minimum)..][..per_scale + per_minimum];
+                    let (scales, minima) = scales.split_at(per_scale);
+                    let group = ExpandedGroup { codes: &codes[i * per_group..][..per_group], scales, minima };
+                    let out = Output { ptr: out.ptr.wrapping_add(n * ROWS), ..out };
+                    // SAFETY: as above.
+                    unsafe { kernels.expanded(&group, block, out) };
+                }
             });
         }
     });
     rows
 }
 
-/// Calls `kernel` for each block of activations and each of `groups`, with the place for eight columns of results.
+/// Calls `kernel` for each block of activations and all of `groups`, with the place for eight columns of results of each
+/// group.
 fn multiply(
     n_rows: usize,
     x: &Rows<'_>,
     target: &Target<'_>,
     groups: Range<usize>,
-    kernel: impl Fn(usize, &ActivationBlock<'_>, Output),
+    kernel: impl Fn(Range<usize>, &ActivationBlock<'_>, Output),
 ) {
+    // The last group may be filled up with rows that the matrix does not have.
+    let whole = groups.start..groups.end.min(n_rows / ROWS);
     for (first, block) in x.blocks() {
-        for group in groups.clone() {
-            let column = group * ROWS;
-            let out = target.at(first, column);
-            if n_rows - column >= ROWS {
-                kernel(group, &block, out);
-                continue;
-            }
-            let mut whole = [0f32; MAX_WIDTH * ROWS];
-            kernel(group, &block, Output { ptr: whole.as_mut_ptr(), stride: ROWS, accumulate: false });
-            for m in 0..block.width {
-                for n in 0..n_rows - column {
-                    // SAFETY: the last columns, which belong to this task.
-                    unsafe {
-                        let at = out.ptr.add(m * out.stride + n);
-                        *at = if out.accumulate { *at + whole[m * ROWS + n] } else { whole[m * ROWS + n] };
-                    }
+        if !whole.is_empty() {
+            kernel(whole.clone(), &block, target.at(first, whole.start * ROWS));
+        }
+        if whole.end == groups.end {
+            continue;
+        }
+        let mut filled = [0f32; MAX_WIDTH * ROWS];
+        let room = Output { ptr: filled.as_mut_ptr(), stride: ROWS, accumulate: false };
+        kernel(whole.end..groups.end, &block, room);
+        let out = target.at(first, whole.end * ROWS);
+        for m in 0..block.width {
+            for n in 0..n_rows % ROWS {
+                // SAFETY: the last columns, which belong to this task.
+                unsafe {
+                    let at = out.ptr.add(m * out.stride + n);
+                    *at = if out.accumulate { *at + filled[m * ROWS + n] } else { filled[m * ROWS + n] };
                 }
             }
         }
@@ -339,7 +365,7 @@ mod tests {
         for kernels in Kernels::available() {
             for n_tokens in [1, 2, 3, 5, 8, 9, 45] {
                 let values = noise(n_tokens * n_cols, n_tokens as u32);
-                let mut x = Activations::new(45, n_cols, linear.wants_integers());
+                let mut x = Linear::inputs([&linear], 45, n_cols);
                 let fill = |m: usize, row: &mut [f32]| row.copy_from_slice(&values[m * n_cols..][..n_cols]);
                 x.fill(&mut pool, kernels, n_tokens, &fill);
                 let mut out = vec![1.0; n_tokens * n_rows];
@@ -360,14 +386,23 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_its_batch() {
-        let tensors = vec![quantised(3, 24, 64), quantised(2, 8, 64), quantised(8, 21, 64), floats(DType::F16, 7, 64)];
+        const N_COLS: usize = 256;
+        let tensors = vec![
+            quantised(3, 24, N_COLS),
+            quantised(2, 8, N_COLS),
+            quantised(8, 21, N_COLS),
+            quantised(12, 24, N_COLS),
+            quantised(14, 24, N_COLS),
+            floats(DType::F16, 7, N_COLS),
+        ];
         let linear = Linear::new(tensors, None, (&mut Arena::default(), 2)).expect("memory");
         let mut pool = Pool::new(2).expect("threads");
-        let values = noise(45 * 64, 5);
+        let values = noise(45 * N_COLS, 5);
         for kernels in Kernels::available() {
             let mut product = |rows: Range<usize>| {
-                let mut x = Activations::new(45, 64, true);
-                let fill = |m: usize, row: &mut [f32]| row.copy_from_slice(&values[(rows.start + m) * 64..][..64]);
+                let mut x = Activations::new(45, N_COLS, true);
+                let fill =
+                    |m: usize, row: &mut [f32]| row.copy_from_slice(&values[(rows.start + m) * N_COLS..][..N_COLS]);
                 x.fill(&mut pool, kernels, rows.len(), &fill);
                 let mut out = vec![0.0; rows.len() * linear.n_rows()];
                 linear.run(&mut pool, kernels, &x, (&mut out, false));
@@ -427,7 +462,7 @@ mod tests {
     #[test]
     fn quantised_products_are_those_of_float64() {
         // Errors are those of 16-bit activations.
-        for (ggml_type, n_rows) in [(2, 64), (3, 64), (8, 64), (3, 61), (8, 5)] {
+        for (ggml_type, n_rows) in [(2, 64), (3, 64), (8, 64), (3, 61), (3, 72), (8, 5)] {
             check(vec![quantised(ggml_type, n_rows, 96)], 96, 5e-5);
         }
     }
@@ -436,7 +471,7 @@ mod tests {
     fn every_format_multiplies() {
         for format in crate::quant::FORMATS {
             let tolerance = if format.affine().is_some() { 5e-5 } else { 2e-6 };
-            for n_rows in [32, 7] {
+            for n_rows in [40, 7] {
                 check(vec![quantised(format.ggml_type(), n_rows, 512)], 512, tolerance);
             }
         }

@@ -19,9 +19,9 @@ pub struct MlpBuffers {
 }
 
 impl MlpBuffers {
-    /// For `n_tokens` tokens and MLPs of `width`; `integers` if a down projection wants them.
-    pub fn new(n_tokens: usize, width: usize, integers: bool) -> Self {
-        Self { gate_up: vec![0.0; n_tokens * 2 * width], down_input: Activations::new(n_tokens, width, integers) }
+    /// For MLPs of `width`, `n_tokens` tokens and the down projections' input `down_input`, which has room for as many.
+    pub fn new(width: usize, down_input: Activations, n_tokens: usize) -> Self {
+        Self { gate_up: vec![0.0; n_tokens * 2 * width], down_input }
     }
 }
 

@@ -12,7 +12,7 @@ pub mod kv_cache;
 pub mod linear;
 mod mlp;
 mod model;
-mod packed;
+pub mod packed;
 pub mod pool;
 #[cfg(test)]
 mod tests;
@@ -20,21 +20,20 @@ mod tests;
 use self::{
     disjoint::Disjoint,
     kernels::Kernels,
-    model::{CpuModel, LOGIT_ROWS},
+    kv_cache::{KvLayout, KvType},
+    model::{CpuModel, LOGIT_ROWS, Storage},
     pool::{Pool, usable_cores},
 };
 use super::{Capacity, Executor, host_capacity};
 use crate::{
-    DTypeChoice, EngineConfig, Error,
+    DTypeChoice, EngineConfig, Error, KvCacheDType, Quantization,
     decoder::DecoderSpec,
+    quant,
     request::{SamplingParams, TokenLogprobs},
     sampler,
     step::{PAGE_SIZE, SampleRow, SampledToken, StepInput, StepOutput},
     weights::WeightSource,
 };
-
-/// Keys and values are half precision.
-const KV_ELEMENT_SIZE: usize = 2;
 
 /// Runs steps one at a time: `launch` computes, `collect` hands out.
 pub struct CpuExecutor {
@@ -63,19 +62,30 @@ impl CpuExecutor {
         if !matches!(config.dtype, DTypeChoice::Auto | DTypeChoice::Float32) {
             return Err(Error::config("--dtype", "the CPU computes in float32; use `--dtype float32` or `auto`"));
         }
-        let capacity = host_capacity::plan(spec, config, KV_ELEMENT_SIZE)?;
+        let kv_type = match config.kv_cache_dtype {
+            KvCacheDType::Auto | KvCacheDType::Float16 => KvType::F16,
+            KvCacheDType::Q8_0 => KvType::Q8_0,
+        };
+        let quantization = config.quantization.and_then(|quantization| match quantization {
+            Quantization::Q8_0 => quant::by_name("Q8_0"),
+            Quantization::Q4_0 => quant::by_name("Q4_0"),
+        });
+        let storage = Storage { kv_layout: KvLayout::new(spec, kv_type), quantization };
+        let page_bytes = spec.n_layers * storage.kv_layout.page_bytes();
+        let capacity = host_capacity::plan(spec, config, page_bytes)?;
         let pool = Pool::new(usable_cores()).map_err(|e| Error::Device(format!("cannot start threads: {e}")))?;
         let n_threads = pool.n_threads();
-        let model = CpuModel::load(spec, weights, &capacity, (kernels, pool))?;
+        let model = CpuModel::load(spec, weights, (&capacity, storage), (kernels, pool))?;
         let n_kv_tokens = capacity.n_pages * PAGE_SIZE;
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
         let description = format!(
             "device cpu ({}, {n_threads} threads), float32, weights {} {:.2} GiB beside the file, \
-             KV cache float16 {:.2} GiB ({n_kv_tokens} tokens)",
+             KV cache {} {:.2} GiB ({n_kv_tokens} tokens)",
             kernels.name,
             weights.typical_type(spec)?,
             gib(model.weight_bytes()),
-            gib(n_kv_tokens * spec.kv_bytes_per_token(KV_ELEMENT_SIZE)),
+            kv_type.name(),
+            gib(capacity.n_pages * page_bytes),
         );
         Ok(Self { model, capacity, description, output: None })
     }

@@ -16,6 +16,7 @@ use crate::{
     Error,
     decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Rotary, Weight},
     executors::Capacity,
+    quant::QuantFormat,
     step::StepInput,
     weights::{StoredTensor, WeightSource},
 };
@@ -39,6 +40,15 @@ struct Layer {
 enum Mlp {
     Dense(GatedMlp),
     Experts(Box<Experts>),
+}
+
+/// How a model is kept in memory.
+#[derive(Clone, Copy)]
+pub struct Storage {
+    /// Keys and values.
+    pub kv_layout: KvLayout,
+    /// What float weights of projections are rounded to.
+    pub quantization: Option<&'static dyn QuantFormat>,
 }
 
 /// A model and the buffers of a step.
@@ -86,30 +96,23 @@ impl CpuModel {
     pub fn load(
         spec: &DecoderSpec,
         weights: &dyn WeightSource,
-        capacity: &Capacity,
+        (capacity, storage): (&Capacity, Storage),
         (kernels, pool): (&'static Kernels, Pool),
     ) -> Result<Self, Error> {
-        let mut loader = Loader { spec, weights, arena: Arena::default(), n_threads: pool.n_threads() };
+        let mut loader = Loader { spec, weights, storage, arena: Arena::default(), n_threads: pool.n_threads() };
         let embedding = weights.keep(Weight::Embedding)?;
         let head = if spec.tie_embeddings { embedding.clone() } else { weights.keep(Weight::LmHead)? };
-        let lm_head = Linear::new(vec![head], None, (&mut loader.arena, pool.n_threads()))?;
+        let lm_head = Linear::new(vec![loader.rounded(head)], None, (&mut loader.arena, pool.n_threads()))?;
         let layers =
             (0..spec.n_layers).map(|layer| loader.layer(layer, capacity.n_pages)).collect::<Result<Vec<_>, _>>()?;
 
         let n = capacity.max_num_batched_tokens;
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
-        let any = |wants: fn(&Layer) -> bool| layers.iter().any(wants);
-        let any_mlp = |wants: fn(&GatedMlp) -> bool| {
-            layers.iter().any(|layer| matches!(&layer.mlp, Mlp::Dense(mlp) if wants(mlp)))
-        };
+        let dense: Vec<&GatedMlp> = layers.iter().filter_map(Layer::dense_mlp).collect();
         let any_experts = |wants: fn(&Experts) -> bool| {
             layers.iter().any(|layer| matches!(&layer.mlp, Mlp::Experts(experts) if wants(experts)))
         };
-        let hidden_integers = any(|l| l.qkv.wants_integers())
-            || any_mlp(|mlp| mlp.gate_up.wants_integers())
-            || any_experts(|e| e.router.wants_integers())
-            || any_experts(|e| e.shared.as_ref().is_some_and(|mlp| mlp.gate_up.wants_integers()));
-        let dense_size = if any_mlp(|_| true) { spec.intermediate_size } else { 0 };
+        let dense_size = if dense.is_empty() { 0 } else { spec.intermediate_size };
         let experts = spec.moe.as_ref().map(|moe| {
             let integers = [
                 any_experts(|e| e.experts.iter().any(|mlp| mlp.gate_up.wants_integers())),
@@ -118,17 +121,31 @@ impl CpuModel {
             ];
             ExpertBuffers::new(spec, moe, n, integers)
         });
+        let hidden = match spec.moe {
+            None => {
+                let of = layers.iter().map(|l| &l.qkv).chain(dense.iter().map(|mlp| &mlp.gate_up));
+                Linear::inputs(of, n, spec.hidden_size)
+            }
+            // Rows go on to the experts as floats.
+            Some(_) => {
+                let integers = layers.iter().any(|l| l.qkv.wants_integers())
+                    || dense.iter().any(|mlp| mlp.gate_up.wants_integers())
+                    || any_experts(|e| e.router.wants_integers())
+                    || any_experts(|e| e.shared.as_ref().is_some_and(|mlp| mlp.gate_up.wants_integers()));
+                Activations::new(n, spec.hidden_size, integers)
+            }
+        };
         let buffers = Buffers {
             x: vec![0.0; n * spec.hidden_size],
-            hidden: Activations::new(n, spec.hidden_size, hidden_integers),
+            hidden,
             qkv: vec![0.0; n * (q + 2 * kv)],
             attended: vec![0.0; n * q],
-            o_input: Activations::new(n, q, any(|l| l.o.wants_integers())),
-            mlp: MlpBuffers::new(n, dense_size, any_mlp(|mlp| mlp.down.wants_integers())),
+            o_input: Linear::inputs(layers.iter().map(|l| &l.o), n, q),
+            mlp: MlpBuffers::new(dense_size, Linear::inputs(dense.iter().map(|mlp| &mlp.down), n, dense_size), n),
             experts,
             cos: vec![0.0; n * (spec.head_dim / 2)],
             sin: vec![0.0; n * (spec.head_dim / 2)],
-            head_input: Activations::new(LOGIT_ROWS, spec.hidden_size, lm_head.wants_integers()),
+            head_input: Linear::inputs([&lm_head], LOGIT_ROWS, spec.hidden_size),
             logits: vec![0.0; LOGIT_ROWS * spec.vocab_size],
         };
         Ok(Self {
@@ -248,6 +265,13 @@ struct Rotation<'a> {
 }
 
 impl Layer {
+    fn dense_mlp(&self) -> Option<&GatedMlp> {
+        match &self.mlp {
+            Mlp::Dense(mlp) => Some(mlp),
+            Mlp::Experts(_) => None,
+        }
+    }
+
     /// Normalises (if the model does) and rotates queries and keys of `qkv` in place, and writes keys and values to the
     /// cache.
     fn rotate_and_store(
@@ -266,7 +290,6 @@ impl Layer {
         let per_task = n.div_ceil(4 * pool.n_threads()).max(1);
         pool.run(n.div_ceil(per_task), &|task| {
             let mut normed = vec![0f32; d];
-            let (mut key, mut value) = (vec![0u16; d], vec![0u16; d]);
             for m in task * per_task..((task + 1) * per_task).min(n) {
                 // SAFETY: each row belongs to one task.
                 let row = unsafe { qkv.range(m * width..(m + 1) * width) };
@@ -280,10 +303,8 @@ impl Layer {
                     kernels.rotate(head, cos, sin);
                 }
                 for (i, (k, v)) in qk[n_q * d..].chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
-                    kernels.to_f16(k, &mut key);
-                    kernels.to_f16(v, &mut value);
                     // SAFETY: each row of a step has a slot of its own.
-                    unsafe { cache.write(step.slot_mapping[m], i, &key, &value) };
+                    unsafe { cache.write(kernels, (step.slot_mapping[m], i), k, v) };
                 }
             }
         });
@@ -293,6 +314,7 @@ impl Layer {
 struct Loader<'a> {
     spec: &'a DecoderSpec,
     weights: &'a dyn WeightSource,
+    storage: Storage,
     arena: Arena,
     n_threads: usize,
 }
@@ -320,7 +342,7 @@ impl Loader<'_> {
             o,
             post_attention_norm: self.values(of(PostAttentionNorm))?,
             mlp,
-            cache: KvCache::new(KvLayout::new(self.spec), n_pages),
+            cache: KvCache::new(self.storage.kv_layout, n_pages),
         })
     }
 
@@ -348,13 +370,26 @@ impl Loader<'_> {
 
     /// The projections `weights`, one below the other, with those of `biases` that the model has.
     fn linear(&mut self, weights: &[Weight], biases: &[Weight]) -> Result<Linear, Error> {
-        let tensors = weights.iter().map(|&w| self.weights.keep(w)).collect::<Result<Vec<_>, _>>()?;
+        use LayerWeight::{Router, SharedRouter};
+        // A rounded router would choose other experts.
+        let routes = |w: &Weight| matches!(w, Weight::Layer(_, Router | SharedRouter));
+        let keep = |&w: &Weight| {
+            let tensor = self.weights.keep(w)?;
+            Ok(if routes(&w) { tensor } else { self.rounded(tensor) })
+        };
+        let tensors = weights.iter().map(keep).collect::<Result<Vec<_>, Error>>()?;
         let has_bias = biases.iter().any(|&w| self.spec.shape(w).is_some());
         let bias = match has_bias {
             true => Some(biases.iter().map(|&w| self.values(w)).collect::<Result<Vec<_>, _>>()?.concat()),
             false => None,
         };
         Linear::new(tensors, bias, (&mut self.arena, self.n_threads))
+    }
+
+    /// `tensor` as it is to be kept.
+    fn rounded(&self, tensor: StoredTensor) -> StoredTensor {
+        let quantized = self.storage.quantization.and_then(|format| tensor.view().quantize(format));
+        quantized.map_or(tensor, |quantized| StoredTensor::new(quantized, None))
     }
 
     fn values(&self, weight: Weight) -> Result<Vec<f32>, Error> {

@@ -15,6 +15,8 @@ use crate::{
 
 /// Greatest difference of a log-probability: half-precision keys and values, 16-bit activations.
 const TOLERANCE: f32 = 2e-3;
+/// The same with 8-bit keys and values.
+const TOLERANCE_Q8_0: f32 = 5e-2;
 
 fn llama() -> DecoderSpec {
     DecoderSpec {
@@ -67,17 +69,21 @@ fn batches() -> Vec<Batch> {
     ]
 }
 
-/// Runs every batch on both executors, with every instruction set.
+/// Runs every batch on both executors, with every instruction set and type of keys and values.
 fn compare(name: &str, spec: &DecoderSpec, source: &dyn WeightSource) {
     let mut oracle = BurnExecutor::new(spec, source, &config(), Device::flex()).expect("the oracle loads");
     let expected: Vec<Scores> =
         batches().iter().map(|batch| run(&mut oracle, batch, spec.vocab_size, Choice::Greedy).expect("runs")).collect();
     for kernels in Kernels::available() {
-        let mut tuned = CpuExecutor::with_kernels(spec, source, &config(), kernels).expect("loads");
-        for (batch, expected) in batches().iter().zip(&expected) {
-            let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens)).expect("runs");
-            let difference = expected.difference(&forced);
-            assert!(difference < TOLERANCE, "{name}, {}, {}: {difference}", kernels.name, batch.name);
+        for (kv_cache_dtype, tolerance) in [(KvCacheDType::Auto, TOLERANCE), (KvCacheDType::Q8_0, TOLERANCE_Q8_0)] {
+            let config = EngineConfig { kv_cache_dtype, ..config() };
+            let mut tuned = CpuExecutor::with_kernels(spec, source, &config, kernels).expect("loads");
+            for (batch, expected) in batches().iter().zip(&expected) {
+                let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens)).expect("runs");
+                let difference = expected.difference(&forced);
+                let case = format!("{name}, {}, {kv_cache_dtype:?}, {}", kernels.name, batch.name);
+                assert!(difference < tolerance, "{case}: {difference}");
+            }
         }
     }
 }
@@ -197,6 +203,40 @@ fn experts_agree_with_the_portable_executor() {
         ..spec
     };
     compare("experts alone, quantised", &alone, &QuantisedSource { floats: dummy(&alone, DType::F32) });
+}
+
+/// Dummy weights whose projections are rounded to a format.
+struct RoundedSource {
+    floats: DummySource,
+    format: &'static dyn quant::QuantFormat,
+}
+
+impl WeightSource for RoundedSource {
+    fn get(&self, weight: Weight) -> Result<TensorView<'_>, Error> {
+        let floats = self.floats.get(weight)?;
+        if weight == Weight::Embedding || floats.shape.len() == 1 {
+            return Ok(floats);
+        }
+        Ok(floats.quantize(self.format).expect("whole blocks"))
+    }
+}
+
+#[test]
+fn weights_rounded_at_load_are_those_of_a_rounded_file() {
+    let spec = llama();
+    let batch = Batch { name: "", prompts: vec![37, 5], chunk: 512 };
+    for (quantization, name) in [(Quantization::Q8_0, "Q8_0"), (Quantization::Q4_0, "Q4_0")] {
+        let scores = |quantization, source: &dyn WeightSource| {
+            let config = EngineConfig { quantization, ..config() };
+            let mut executor = CpuExecutor::new(&spec, source, &config).expect("loads");
+            run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).expect("runs")
+        };
+        let floats = dummy(&spec, DType::BF16);
+        let at_load = scores(Some(quantization), &floats);
+        assert!(scores(None, &floats).difference(&at_load) > 0.0, "{name}");
+        let source = RoundedSource { floats, format: quant::by_name(name).expect("a format") };
+        assert_eq!(scores(None, &source).difference(&at_load), 0.0, "{name}");
+    }
 }
 
 #[test]

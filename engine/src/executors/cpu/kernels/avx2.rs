@@ -1,22 +1,27 @@
 //! The kernels for AVX2, FMA and F16C: x86-64 processors since 2013 (Intel) and 2015 (AMD).
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::{
-    ActivationBlock, Expanded, ExpandedGroup, FloatType, Kernels, Operand, Output, QuantizedRows, elementwise,
+    ActivationBlock, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Operand, Output, QuantizedRows, TILE_COLS,
+    dispatch::{by_codes, by_width},
+    elementwise,
 };
 use crate::{
-    executors::cpu::packed::{block_bytes, scales_offset},
-    quant::{Codes, GROUP},
+    executors::cpu::packed::{BLOCKS_PER_UNIT, PackedGroups, ROWS, block_bytes, scales_offset, unit_bytes},
+    quant::{Codes, GROUP, Scales},
 };
 
-pub static KERNELS: Kernels = Kernels {
+pub const KERNELS: Kernels = Kernels {
     name: "avx2",
-    affine,
+    // Decoding for two blocks costs as much as it saves.
+    expand_from: 3 * MAX_WIDTH + 1,
+    affine: affine::<false>,
     expand,
-    expanded,
+    expanded: expanded::<false>,
     dots,
     tile,
+    tile_i8,
     rms_norm,
     quantize,
     silu_mul,
@@ -28,12 +33,12 @@ pub static KERNELS: Kernels = Kernels {
 };
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     elementwise::rms_norm(x, weight, eps, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn quantize(x: &[f32], place: (usize, usize), block: QuantizedRows) {
+pub(super) unsafe fn quantize(x: &[f32], place: (usize, usize), block: QuantizedRows) {
     // SAFETY: the caller's promise.
     unsafe {
         for (g, values) in x.as_chunks::<GROUP>().0.iter().enumerate() {
@@ -100,32 +105,32 @@ fn sum_lanes_i32(v: __m256i) -> i32 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     elementwise::silu_mul::<true>(gate, up, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn softmax(scores: &mut [f32], max_so_far: f32) -> (f32, f32) {
+pub(super) fn softmax(scores: &mut [f32], max_so_far: f32) -> (f32, f32) {
     elementwise::softmax::<true>(scores, max_so_far)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub(super) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     elementwise::rotate(head, cos, sin);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scale(x: &mut [f32], factor: f32) {
+pub(super) fn scale(x: &mut [f32], factor: f32) {
     elementwise::scale(x, factor);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn argmax(x: &[f32]) -> u32 {
+pub(super) fn argmax(x: &[f32]) -> u32 {
     elementwise::argmax(x)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn to_f16(x: &[f32], out: &mut [u16]) {
+pub(super) fn to_f16(x: &[f32], out: &mut [u16]) {
     let (x, x_rest) = x.as_chunks::<8>();
     let (out, out_rest) = out.as_chunks_mut::<8>();
     for (x, out) in x.iter().zip(out) {
@@ -140,42 +145,38 @@ fn to_f16(x: &[f32], out: &mut [u16]) {
     }
 }
 
-/// Calls `$f` with the number of rows as a constant.
-macro_rules! by_width {
-    ($width:expr, $f:ident::<_ $(, $more:literal)*>($($arg:expr),*)) => {
-        match $width {
-            1 => $f::<1 $(, $more)*>($($arg),*),
-            2 => $f::<2 $(, $more)*>($($arg),*),
-            3 => $f::<3 $(, $more)*>($($arg),*),
-            4 => $f::<4 $(, $more)*>($($arg),*),
-            5 => $f::<5 $(, $more)*>($($arg),*),
-            6 => $f::<6 $(, $more)*>($($arg),*),
-            7 => $f::<7 $(, $more)*>($($arg),*),
-            _ => $f::<8 $(, $more)*>($($arg),*),
-        }
-    };
-}
-
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn affine(codes: Codes, group: &[u8], activations: &ActivationBlock<'_>, out: Output) {
-    // SAFETY: `Kernels::affine` checked the lengths; `out` is its caller's promise.
-    unsafe {
-        match codes {
-            Codes::NibblesWithMinimum => by_width!(activations.width, nibbles::<_, true>(group, activations, out)),
-            Codes::NibblesAroundEight => by_width!(activations.width, nibbles::<_, false>(group, activations, out)),
-            Codes::Bytes => by_width!(activations.width, bytes::<_>(group, activations, out)),
+pub(super) unsafe fn affine<const VNNI: bool>(groups: &PackedGroups<'_>, x: &ActivationBlock<'_>, out: Output) {
+    for (i, bytes) in groups.groups().enumerate() {
+        // SAFETY: `Kernels::affine` checked the lengths; `out` is its caller's promise.
+        unsafe {
+            let (group, out) = (PackedGroups { bytes, ..*groups }, Output { ptr: out.ptr.add(i * ROWS), ..out });
+            by_codes!(groups.codes, x.width, product[VNNI](&group, x, out));
         }
     }
 }
 
-/// Adds the products of one vector of weight pairs with the pairs of `W` activation rows at `pairs`.
+/// Adds the products of one vector of weight pairs with the pairs of `W` activation rows at `pairs`. `VNNI`: the machine
+/// has the instruction that does both. (In assembly: LLVM turns its intrinsic into the two instructions.)
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_pairs<const W: usize>(weights: __m256i, pairs: *const i32, sums: &mut [__m256i; W]) {
+unsafe fn multiply_pairs<const W: usize, const VNNI: bool>(
+    weights: __m256i,
+    pairs: *const i32,
+    sums: &mut [__m256i; W],
+) {
     for (m, sum) in sums.iter_mut().enumerate() {
         // SAFETY: the caller gives `W` pairs, which need no alignment.
         let activations = _mm256_set1_epi32(unsafe { pairs.add(m).read_unaligned() });
-        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, activations));
+        if VNNI {
+            // SAFETY: registers only.
+            unsafe {
+                asm!("{{vex}} vpdpwssd {0}, {1}, {2}", inout(ymm_reg) *sum, in(ymm_reg) weights,
+                     in(ymm_reg) activations, options(pure, nomem, nostack, preserves_flags));
+            }
+        } else {
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, activations));
+        }
     }
 }
 
@@ -202,11 +203,11 @@ unsafe fn store<const W: usize>(values: &[__m256; W], out: Output) {
 /// Bytes between the weights that are read and those that are asked for: what two cores need to stream from memory.
 const PREFETCH: usize = 2048;
 
-/// Asks for the cache lines that lie [`PREFETCH`] behind a block of `N` bytes.
+/// Asks for the cache lines that lie [`PREFETCH`] behind a block of `n_bytes` bytes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch<const N: usize>(block: *const u8) {
-    for line in (0..N).step_by(64) {
+pub(super) fn prefetch(block: *const u8, n_bytes: usize) {
+    for line in (0..n_bytes).step_by(64) {
         _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PREFETCH + line).cast());
     }
 }
@@ -249,42 +250,96 @@ unsafe fn decode_bytes(block: *const u8) -> [__m256i; 16] {
     pairs
 }
 
-/// Adds the products of a block's 16 vectors of pairs with `W` rows of activations.
+/// Adds the products of `weights`, vectors of pairs, with `W` rows of activations.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_block<const W: usize>(weights: [__m256i; 16], pairs: *const i32) -> [__m256i; W] {
+unsafe fn multiply_block<const W: usize, const VNNI: bool>(weights: &[__m256i], pairs: *const i32) -> [__m256i; W] {
     let mut sums = [_mm256_setzero_si256(); W];
     // With many rows, sums take the registers: from memory, decoded weights cost a load each and no more.
-    let in_memory = if W >= 4 { std::hint::black_box(&weights) } else { &weights };
+    let in_memory = if W >= 4 { std::hint::black_box(weights) } else { weights };
     for (i, &weights) in in_memory.iter().enumerate() {
-        // SAFETY: the caller gives 16 pairs of `W` rows.
-        unsafe { multiply_pairs::<W>(weights, pairs.add(i * W), &mut sums) };
+        // SAFETY: the caller gives as many pairs of `W` rows.
+        unsafe { multiply_pairs::<W, VNNI>(weights, pairs.add(i * W), &mut sums) };
     }
     sums
 }
 
+/// Where a block's scales lie: in the block, and in its units.
+#[inline]
+pub(super) fn scales_of(codes: Codes, group: *const u8, n_blocks: usize, b: usize) -> (*const u8, *const u8) {
+    let n_bytes = block_bytes(codes);
+    let unit = n_blocks * n_bytes + b / BLOCKS_PER_UNIT * unit_bytes(codes.scales);
+    (group.wrapping_add(b * n_bytes + scales_offset(codes.nibbles)), group.wrapping_add(unit))
+}
+
+/// Scales of a block's first and second 16 columns (the same but for [`Scales::BySixteen`]), and minima.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn nibbles<const W: usize, const MINIMUM: bool>(group: &[u8], x: &ActivationBlock<'_>, out: Output) {
-    let codes = if MINIMUM { Codes::NibblesWithMinimum } else { Codes::NibblesAroundEight };
+unsafe fn load_scales<const SCALES: u8>((own, units): (*const u8, *const u8)) -> ([__m256; 2], __m256) {
+    // SAFETY: the caller gives places as of `scales_of`.
+    unsafe {
+        let factors = |i: usize| {
+            let bytes = _mm_loadl_epi64(own.add(ROWS * i).cast());
+            let signed = SCALES == Scales::BySixteen as u8;
+            _mm256_cvtepi32_ps(if signed { _mm256_cvtepi8_epi32(bytes) } else { _mm256_cvtepu8_epi32(bytes) })
+        };
+        if SCALES == Scales::BySixteen as u8 {
+            let scale = load_halves(units);
+            return ([_mm256_mul_ps(factors(0), scale), _mm256_mul_ps(factors(1), scale)], _mm256_setzero_ps());
+        }
+        if SCALES == Scales::InUnits as u8 {
+            let scale = _mm256_mul_ps(factors(0), load_halves(units));
+            let minima = _mm256_mul_ps(factors(1), load_halves(units.add(2 * ROWS)));
+            return ([scale; 2], _mm256_xor_ps(minima, _mm256_set1_ps(-0.0)));
+        }
+        let scale = load_halves(own);
+        let minima = if SCALES == Scales::WithMinimum as u8 {
+            load_halves(own.add(2 * ROWS))
+        } else if SCALES == Scales::AroundEight as u8 {
+            _mm256_mul_ps(scale, _mm256_set1_ps(-8.0))
+        } else {
+            _mm256_setzero_ps()
+        };
+        ([scale; 2], minima)
+    }
+}
+
+/// Whether values have a minimum.
+pub(super) const fn has_minimum(scales: u8) -> bool {
+    scales != Scales::Single as u8 && scales != Scales::BySixteen as u8
+}
+
+/// The product of one group.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn product<const W: usize, const NIBBLES: bool, const SCALES: u8, const VNNI: bool>(
+    group: &PackedGroups<'_>,
+    x: &ActivationBlock<'_>,
+    out: Output,
+) {
+    let (codes, n_blocks, first) = (group.codes, group.n_blocks(), group.bytes.as_ptr());
+    let n_parts = if SCALES == Scales::BySixteen as u8 { 2 } else { 1 };
     let mut totals = [_mm256_setzero_ps(); W];
-    for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
-        let block = block.as_ptr();
-        prefetch::<{ block_bytes(Codes::NibblesWithMinimum) }>(block);
-        // SAFETY: a block has four vectors of codes, then scales and minima; `Kernels::affine` checked that there are
+    for b in 0..n_blocks {
+        let block = first.wrapping_add(b * block_bytes(codes));
+        prefetch(block, if NIBBLES { 160 } else { 288 });
+        // SAFETY: a block has four or eight vectors of codes, then its scales; `Kernels::affine` checked that there are
         // 16 pairs, a scale and a sum for each block and row of activations.
         unsafe {
-            let sums = multiply_block::<W>(decode_nibbles(block), x.codes.as_ptr().cast::<i32>().add(b * 16 * W));
-            let scales = load_halves(block.add(scales_offset(codes)));
-            let minima = if MINIMUM {
-                load_halves(block.add(scales_offset(codes) + 16))
-            } else {
-                _mm256_mul_ps(scales, _mm256_set1_ps(-8.0))
-            };
-            for m in 0..W {
-                let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
-                let sum = _mm256_set1_ps(*x.sums.get_unchecked(b * W + m));
-                totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
-                totals[m] = _mm256_fmadd_ps(minima, sum, totals[m]);
+            let weights = if NIBBLES { decode_nibbles(block) } else { decode_bytes(block) };
+            let (scales, minima) = load_scales::<SCALES>(scales_of(codes, first, n_blocks, b));
+            for (part, weights) in weights.chunks_exact(16 / n_parts).enumerate() {
+                let pairs = x.codes.as_ptr().cast::<i32>().add((b * 16 + part * 8) * W);
+                let sums = multiply_block::<W, VNNI>(weights, pairs);
+                for m in 0..W {
+                    let scale = _mm256_mul_ps(scales[part], _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
+                    totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
+                }
+            }
+            if has_minimum(SCALES) {
+                for (m, total) in totals.iter_mut().enumerate() {
+                    let sum = _mm256_set1_ps(*x.sums.get_unchecked(b * W + m));
+                    *total = _mm256_fmadd_ps(minima, sum, *total);
+                }
             }
         }
     }
@@ -293,77 +348,84 @@ unsafe fn nibbles<const W: usize, const MINIMUM: bool>(group: &[u8], x: &Activat
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn bytes<const W: usize>(group: &[u8], x: &ActivationBlock<'_>, out: Output) {
-    let mut totals = [_mm256_setzero_ps(); W];
-    for (b, block) in group.chunks_exact(block_bytes(Codes::Bytes)).enumerate() {
-        let block = block.as_ptr();
-        prefetch::<{ block_bytes(Codes::Bytes) }>(block);
-        // SAFETY: as in `nibbles`, with eight vectors of codes and no minima.
-        unsafe {
-            let sums = multiply_block::<W>(decode_bytes(block), x.codes.as_ptr().cast::<i32>().add(b * 16 * W));
-            let scales = load_halves(block.add(scales_offset(Codes::Bytes)));
-            for m in 0..W {
-                let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
-                totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
-            }
-        }
+pub(super) fn expand(group: &PackedGroups<'_>, out: &mut Expanded<'_>) {
+    match group.codes.scales {
+        Scales::Single => expand_by::<{ Scales::Single as u8 }>(group, out),
+        Scales::AroundEight => expand_by::<{ Scales::AroundEight as u8 }>(group, out),
+        Scales::WithMinimum => expand_by::<{ Scales::WithMinimum as u8 }>(group, out),
+        Scales::InUnits => expand_by::<{ Scales::InUnits as u8 }>(group, out),
+        Scales::BySixteen => expand_by::<{ Scales::BySixteen as u8 }>(group, out),
     }
-    // SAFETY: the caller's promise.
-    unsafe { store(&totals, out) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn expand(codes: Codes, group: &[u8], out: &mut Expanded<'_>) {
+fn expand_by<const SCALES: u8>(group: &PackedGroups<'_>, out: &mut Expanded<'_>) {
+    let (codes, n_blocks, first) = (group.codes, group.n_blocks(), group.bytes.as_ptr());
     let to: *mut __m256i = out.codes.as_mut_ptr().cast();
-    for (b, block) in group.chunks_exact(block_bytes(codes)).enumerate() {
-        let block = block.as_ptr();
-        prefetch::<{ block_bytes(Codes::NibblesWithMinimum) }>(block);
-        // SAFETY: a block has four or eight vectors of codes, then scales and minima; `Kernels::expand` checked that
-        // there is room for 16 vectors of integers, a scale and a minimum of eight rows for each block.
+    for b in 0..n_blocks {
+        let block = first.wrapping_add(b * block_bytes(codes));
+        prefetch(block, block_bytes(codes));
+        // SAFETY: a block has four or eight vectors of codes, then its scales; `Kernels::expand` checked that there is
+        // room for 16 vectors of integers, scales and minima of eight rows for each block.
         unsafe {
-            let pairs = if codes == Codes::Bytes { decode_bytes(block) } else { decode_nibbles(block) };
+            let pairs = if codes.nibbles { decode_nibbles(block) } else { decode_bytes(block) };
             for (i, &pairs) in pairs.iter().enumerate() {
                 _mm256_storeu_si256(to.add(16 * b + i), pairs);
             }
-            let scales = load_halves(block.add(scales_offset(codes)));
-            let minima = match codes {
-                Codes::NibblesWithMinimum => load_halves(block.add(scales_offset(codes) + 16)),
-                Codes::NibblesAroundEight => _mm256_mul_ps(scales, _mm256_set1_ps(-8.0)),
-                Codes::Bytes => _mm256_setzero_ps(),
-            };
-            _mm256_storeu_ps(out.scales.as_mut_ptr().add(8 * b), scales);
+            let (scales, minima) = load_scales::<SCALES>(scales_of(codes, first, n_blocks, b));
+            if SCALES == Scales::BySixteen as u8 {
+                _mm256_storeu_ps(out.scales.as_mut_ptr().add(16 * b), scales[0]);
+                _mm256_storeu_ps(out.scales.as_mut_ptr().add(16 * b + 8), scales[1]);
+            } else {
+                _mm256_storeu_ps(out.scales.as_mut_ptr().add(8 * b), scales[0]);
+            }
             _mm256_storeu_ps(out.minima.as_mut_ptr().add(8 * b), minima);
         }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn expanded(group: &ExpandedGroup<'_>, activations: &ActivationBlock<'_>, out: Output) {
+pub(super) unsafe fn expanded<const VNNI: bool>(group: &ExpandedGroup<'_>, x: &ActivationBlock<'_>, out: Output) {
     // SAFETY: `Kernels::expanded` checked the lengths; `out` is its caller's promise.
-    unsafe { by_width!(activations.width, expanded_by::<_>(group, activations, out)) }
+    unsafe {
+        if group.scales.len() == group.minima.len() {
+            by_width!(x.width, expanded_by[1, VNNI](group, x, out));
+        } else {
+            by_width!(x.width, expanded_by[2, VNNI](group, x, out));
+        }
+    }
 }
 
+/// `PARTS`: scales of a block.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn expanded_by<const W: usize>(group: &ExpandedGroup<'_>, x: &ActivationBlock<'_>, out: Output) {
+unsafe fn expanded_by<const W: usize, const PARTS: usize, const VNNI: bool>(
+    group: &ExpandedGroup<'_>,
+    x: &ActivationBlock<'_>,
+    out: Output,
+) {
     let mut totals = [_mm256_setzero_ps(); W];
     let mut pairs: *const i32 = x.codes.as_ptr().cast();
     let mut weights: *const __m256i = group.codes.as_ptr().cast();
-    for b in 0..group.scales.len() / 8 {
-        let mut sums = [_mm256_setzero_si256(); W];
+    for b in 0..group.minima.len() / 8 {
         // SAFETY: `Kernels::expanded` checked that there are 16 vectors of codes, and scales and minima of eight rows,
         // for each block of weights, and as many pairs, a scale and a sum for each row of activations.
         unsafe {
-            for _ in 0..16 {
-                multiply_pairs::<W>(_mm256_loadu_si256(weights), pairs, &mut sums);
-                (weights, pairs) = (weights.add(1), pairs.add(W));
+            for part in 0..PARTS {
+                let mut sums = [_mm256_setzero_si256(); W];
+                for _ in 0..16 / PARTS {
+                    multiply_pairs::<W, VNNI>(_mm256_loadu_si256(weights), pairs, &mut sums);
+                    (weights, pairs) = (weights.add(1), pairs.add(W));
+                }
+                let scales = _mm256_loadu_ps(group.scales.as_ptr().add(8 * (PARTS * b + part)));
+                for m in 0..W {
+                    let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
+                    totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
+                }
             }
-            let scales = _mm256_loadu_ps(group.scales.as_ptr().add(8 * b));
             let minima = _mm256_loadu_ps(group.minima.as_ptr().add(8 * b));
-            for m in 0..W {
-                let scale = _mm256_mul_ps(scales, _mm256_set1_ps(*x.scales.get_unchecked(b * W + m)));
+            for (m, total) in totals.iter_mut().enumerate() {
                 let sum = _mm256_set1_ps(*x.sums.get_unchecked(b * W + m));
-                totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
-                totals[m] = _mm256_fmadd_ps(minima, sum, totals[m]);
+                *total = _mm256_fmadd_ps(minima, sum, *total);
             }
         }
     }
@@ -489,16 +551,35 @@ unsafe fn dots_tile<const T: u8, const R: usize, const W: usize>(rows: &[u8], x:
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
+unsafe fn tile(size: (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
+    // SAFETY: the caller's promise.
+    unsafe { tile_by_rows::<u16>(size, a, (b, &[1.0; TILE_COLS]), out) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile_i8(size: (usize, usize), a: Operand<f32>, b: (Operand<i8>, &[f32; TILE_COLS]), out: Output) {
+    // SAFETY: the caller's promise.
+    unsafe { tile_by_rows::<i8>(size, a, b, out) }
+}
+
+/// `T`: half-precision numbers as `u16`, or `i8`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile_by_rows<T>(
+    (n_rows, depth): (usize, usize),
+    a: Operand<f32>,
+    b: (Operand<T>, &[f32; TILE_COLS]),
+    out: Output,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match n_rows {
-            1 => tile_of::<1, 4>(depth, a, b, out),
-            2 => tile_of::<2, 2>(depth, a, b, out),
-            3 => tile_of::<3, 1>(depth, a, b, out),
-            4 => tile_of::<4, 1>(depth, a, b, out),
-            5 => tile_of::<5, 1>(depth, a, b, out),
-            _ => tile_of::<6, 1>(depth, a, b, out),
+            1 => tile_of::<T, 1, 4>(depth, a, b, out),
+            2 => tile_of::<T, 2, 2>(depth, a, b, out),
+            3 => tile_of::<T, 3, 1>(depth, a, b, out),
+            4 => tile_of::<T, 4, 1>(depth, a, b, out),
+            5 => tile_of::<T, 5, 1>(depth, a, b, out),
+            _ => tile_of::<T, 6, 1>(depth, a, b, out),
         }
     }
 }
@@ -506,13 +587,22 @@ unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>
 /// `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
 /// each, so fewer than eight sums leave the units idle. (Three rows twice spill registers and are slower.)
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile_of<const R: usize, const U: usize>(depth: usize, a: Operand<f32>, b: Operand<u16>, out: Output) {
+unsafe fn tile_of<T, const R: usize, const U: usize>(
+    depth: usize,
+    a: Operand<f32>,
+    (b, scales): (Operand<T>, &[f32; TILE_COLS]),
+    out: Output,
+) {
     let mut sums = [[[_mm256_setzero_ps(); 2]; R]; U];
     // SAFETY: the caller's promise: `R` rows of `depth` in `a`, `depth` rows of 16 in `b`, `R` rows of 16 in `out`.
     unsafe {
         let step = |k: usize, sums: &mut [[__m256; 2]; R]| {
-            let at = b.ptr.add(k * b.stride);
-            let columns = [load_halves(at.cast()), load_halves(at.add(8).cast())];
+            let at: *const u8 = b.ptr.add(k * b.stride).cast();
+            let columns = if size_of::<T>() == 1 {
+                [0, 8].map(|c| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.add(c).cast()))))
+            } else {
+                [load_halves(at), load_halves(at.add(16))]
+            };
             for (r, sums) in sums.iter_mut().enumerate() {
                 let a = _mm256_set1_ps(*a.ptr.add(r * a.stride + k));
                 sums[0] = _mm256_fmadd_ps(a, columns[0], sums[0]);
@@ -535,8 +625,9 @@ unsafe fn tile_of<const R: usize, const U: usize>(depth: usize, a: Operand<f32>,
                 for more in &sums[1..] {
                     sum = _mm256_add_ps(sum, more[r][half]);
                 }
-                let sum = if out.accumulate { _mm256_add_ps(_mm256_loadu_ps(at), sum) } else { sum };
-                _mm256_storeu_ps(at, sum);
+                let scales = _mm256_loadu_ps(scales.as_ptr().add(8 * half));
+                let start = if out.accumulate { _mm256_loadu_ps(at) } else { _mm256_setzero_ps() };
+                _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, scales, start));
             }
         }
     }

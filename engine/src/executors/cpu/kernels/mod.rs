@@ -2,12 +2,24 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "x86_64")]
+mod dispatch;
 mod elementwise;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
 
-use crate::{quant::Codes, weights::DType};
+use super::packed::{PackedGroups, unit_bytes};
+use crate::{
+    quant::{GROUP, Scales},
+    weights::DType,
+};
 
 /// Most activation rows that one call of [`Kernels::affine`] takes.
 pub const MAX_WIDTH: usize = 8;
@@ -37,7 +49,7 @@ pub struct ActivationBlock<'a> {
 pub struct Expanded<'a> {
     /// `[n_cols / 2, 8, 2]`.
     pub codes: &'a mut [i16],
-    /// `[n_cols / 32, 8]`.
+    /// `[n_cols / scale_columns, 8]`, see [`scale_columns`].
     pub scales: &'a mut [f32],
     /// `[n_cols / 32, 8]`.
     pub minima: &'a mut [f32],
@@ -48,10 +60,18 @@ pub struct Expanded<'a> {
 pub struct ExpandedGroup<'a> {
     /// `[n_cols / 2, 8, 2]`.
     pub codes: &'a [i16],
-    /// `[n_cols / 32, 8]`.
+    /// `[n_cols / scale_columns, 8]`, see [`scale_columns`].
     pub scales: &'a [f32],
     /// `[n_cols / 32, 8]`.
     pub minima: &'a [f32],
+}
+
+/// Columns that share a scale.
+pub const fn scale_columns(scales: Scales) -> usize {
+    match scales {
+        Scales::BySixteen => GROUP / 2,
+        _ => GROUP,
+    }
 }
 
 /// Where the rows of an [`ActivationBlock`] are written.
@@ -108,21 +128,26 @@ impl FloatType {
     }
 }
 
-type AffineFn = unsafe fn(Codes, &[u8], &ActivationBlock<'_>, Output);
-type ExpandFn = unsafe fn(Codes, &[u8], &mut Expanded<'_>);
+type AffineFn = unsafe fn(&PackedGroups<'_>, &ActivationBlock<'_>, Output);
+type ExpandFn = unsafe fn(&PackedGroups<'_>, &mut Expanded<'_>);
 type ExpandedFn = unsafe fn(&ExpandedGroup<'_>, &ActivationBlock<'_>, Output);
 type DotsFn = unsafe fn(FloatType, (&[u8], usize), (&[f32], usize), Output);
 type TileFn = unsafe fn((usize, usize), Operand<f32>, Operand<u16>, Output);
+type TileI8Fn = unsafe fn((usize, usize), Operand<f32>, (Operand<i8>, &[f32; TILE_COLS]), Output);
 
 /// The inner loops for one instruction set.
 pub struct Kernels {
     /// The instruction set's name.
     pub name: &'static str,
+    /// From this many rows of activations on, [`Kernels::expand`] and [`Kernels::expanded`] are faster than
+    /// [`Kernels::affine`].
+    pub expand_from: usize,
     affine: AffineFn,
     expand: ExpandFn,
     expanded: ExpandedFn,
     dots: DotsFn,
     tile: TileFn,
+    tile_i8: TileI8Fn,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize: unsafe fn(&[f32], (usize, usize), QuantizedRows),
     silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
@@ -133,14 +158,33 @@ pub struct Kernels {
     argmax: unsafe fn(&[f32]) -> u32,
 }
 
+/// Panics unless `activations` are one to [`MAX_WIDTH`] rows of `n_blocks` blocks of columns.
+fn check(n_blocks: usize, activations: &ActivationBlock<'_>) {
+    let width = activations.width;
+    assert!((1..=MAX_WIDTH).contains(&width));
+    assert!(activations.codes.len() >= n_blocks * GROUP * width && activations.scales.len() >= n_blocks * width);
+    assert!(activations.sums.len() >= n_blocks * width);
+}
+
 impl Kernels {
     /// The tables that this machine can run, best first.
     pub fn available() -> Vec<&'static Self> {
         let mut tables: Vec<&'static Self> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            if is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                tables.push(&avx512::KERNELS);
+            }
+            if is_x86_feature_detected!("avxvnni") {
+                tables.push(&avx_vnni::KERNELS);
+            }
             tables.push(&avx2::KERNELS);
         }
+        #[cfg(target_arch = "aarch64")]
+        tables.push(&neon::KERNELS);
         tables.push(&portable::KERNELS);
         tables
     }
@@ -150,39 +194,37 @@ impl Kernels {
         Self::available()[0]
     }
 
-    /// Multiplies a group of eight weight rows with the rows of `activations`: `out[m, n]`, `n` in `0..8`.
-    /// `group`: as `PackedMatrix::group` gives it, of as many columns as the activations.
+    /// Multiplies groups of eight weight rows with the rows of `activations`, which have as many columns:
+    /// `out[m, 8 * group + n]`.
     ///
     /// # Safety
-    /// `out` must be valid for `activations.width` rows of eight elements, and nobody else may use them meanwhile.
-    pub unsafe fn affine(&self, codes: Codes, group: &[u8], activations: &ActivationBlock<'_>, out: Output) {
-        let n_blocks = group.len() / super::packed::block_bytes(codes);
-        let width = activations.width;
-        assert!((1..=MAX_WIDTH).contains(&width));
-        assert!(activations.codes.len() >= n_blocks * 32 * width && activations.scales.len() >= n_blocks * width);
-        assert!(activations.sums.len() >= n_blocks * width);
+    /// `out` must be valid for `activations.width` rows of these columns, and nobody else may use them meanwhile.
+    pub unsafe fn affine(&self, groups: &PackedGroups<'_>, activations: &ActivationBlock<'_>, out: Output) {
+        check(groups.n_blocks(), activations);
+        debug_assert!(unit_bytes(groups.codes.scales) == 0 || groups.n_cols.is_multiple_of(256));
         // SAFETY: lengths are checked; `out` is the caller's promise; a table is only had if the machine can run it.
-        unsafe { (self.affine)(codes, group, activations, out) }
+        unsafe { (self.affine)(groups, activations, out) }
     }
 
     /// Decodes a packed group, for [`Kernels::expanded`].
-    pub fn expand(&self, codes: Codes, group: &[u8], out: &mut Expanded<'_>) {
-        let n_blocks = group.len() / super::packed::block_bytes(codes);
-        assert_eq!((out.codes.len(), out.scales.len(), out.minima.len()), (n_blocks * 256, n_blocks * 8, n_blocks * 8));
+    pub fn expand(&self, group: &PackedGroups<'_>, out: &mut Expanded<'_>) {
+        let n_cols = group.n_cols;
+        assert!(group.bytes.len() == group.group_bytes() && out.codes.len() == n_cols * 8);
+        assert_eq!(out.scales.len(), n_cols / scale_columns(group.codes.scales) * 8);
+        assert_eq!(out.minima.len(), n_cols / GROUP * 8);
         // SAFETY: lengths are checked; a table is only had if the machine can run it.
-        unsafe { (self.expand)(codes, group, out) }
+        unsafe { (self.expand)(group, out) }
     }
 
-    /// As [`Kernels::affine`], to the bit, for a group that is decoded already: faster from three blocks of activations on.
+    /// As [`Kernels::affine`], to the bit, for one group that is decoded already.
     ///
     /// # Safety
     /// As [`Kernels::affine`].
     pub unsafe fn expanded(&self, group: &ExpandedGroup<'_>, activations: &ActivationBlock<'_>, out: Output) {
-        let (n_blocks, width) = (group.scales.len() / 8, activations.width);
-        assert!((1..=MAX_WIDTH).contains(&width));
+        let n_blocks = group.minima.len() / 8;
+        check(n_blocks, activations);
         assert!(group.codes.len() == n_blocks * 256 && group.minima.len() == n_blocks * 8);
-        assert!(activations.codes.len() >= n_blocks * 32 * width && activations.scales.len() >= n_blocks * width);
-        assert!(activations.sums.len() >= n_blocks * width);
+        assert!(group.scales.len() == n_blocks * 8 || group.scales.len() == n_blocks * 16);
         // SAFETY: as in `affine`.
         unsafe { (self.expanded)(group, activations, out) }
     }
@@ -211,6 +253,22 @@ impl Kernels {
         debug_assert!((1..=TILE_ROWS).contains(&n_rows));
         // SAFETY: the caller's promise; a table is only had if the machine can run it.
         unsafe { (self.tile)((n_rows, depth), a, b, out) }
+    }
+
+    /// As [`Kernels::tile`] for 8-bit integers: `out[r, c] = b.1[c] * sum over k of a[r, k] * b.0[k, c]`.
+    ///
+    /// # Safety
+    /// As [`Kernels::tile`].
+    pub unsafe fn tile_i8(
+        &self,
+        (n_rows, depth): (usize, usize),
+        a: Operand<f32>,
+        b: (Operand<i8>, &[f32; TILE_COLS]),
+        out: Output,
+    ) {
+        debug_assert!((1..=TILE_ROWS).contains(&n_rows));
+        // SAFETY: as in `tile`.
+        unsafe { (self.tile_i8)((n_rows, depth), a, b, out) }
     }
 
     /// `out = x / rms(x) * weight`, all of equal length.

@@ -91,6 +91,34 @@ fn tiles_are_products() {
 }
 
 #[test]
+fn tiles_of_integers_are_products() {
+    for kernels in Kernels::available() {
+        for (n_rows, depth) in [(1, 32), (2, 16), (3, 5), (4, 1), (5, 8), (6, 32)] {
+            let (a_stride, b_stride, out_stride) = (depth + 3, TILE_COLS + 2, TILE_COLS + 1);
+            let a = noise(n_rows * a_stride);
+            let b: Vec<i8> = noise(depth * b_stride).iter().map(|v| (v * 127.0) as i8).collect();
+            let scales: [f32; TILE_COLS] = std::array::from_fn(|c| 0.01 * (c as f32 - 3.0));
+            let mut out = vec![1.0f32; n_rows * out_stride];
+            for accumulate in [false, true] {
+                let (a, b) =
+                    (Operand { ptr: a.as_ptr(), stride: a_stride }, Operand { ptr: b.as_ptr(), stride: b_stride });
+                let target = Output { ptr: out.as_mut_ptr(), stride: out_stride, accumulate };
+                // SAFETY: the buffers have these sizes.
+                unsafe { kernels.tile_i8((n_rows, depth), a, (b, &scales), target) };
+            }
+            for r in 0..n_rows {
+                for c in 0..TILE_COLS {
+                    let term = |k: usize| f64::from(a[r * a_stride + k]) * f64::from(b[k * b_stride + c]);
+                    let want = 2.0 * f64::from(scales[c]) * (0..depth).map(term).sum::<f64>();
+                    let got = f64::from(out[r * out_stride + c]);
+                    assert!((got - want).abs() < 1e-4, "{}: ({r}, {c}) {got} {want}", kernels.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn activations_come_back_from_their_codes() {
     const N: usize = 96;
     for kernels in Kernels::available() {
