@@ -87,7 +87,7 @@ mod tests {
             for longest in [1usize, 40, 700, 20_000] {
                 let contexts: Vec<i32> = (0..n).map(|i| 1 + (i * 7919 % longest) as i32).collect();
                 let (units, blocks) = shared_out(work, &contexts);
-                let n_units: i32 = contexts.iter().map(|len| len.div_ceil(16) * 8).sum();
+                let n_units: i32 = contexts.iter().map(|len| (len + 15) / 16 * 8).sum();
                 assert_eq!((units[0], units[n], blocks[0], blocks[132]), (0, n_units, 0, n_units));
                 let sizes: Vec<i32> = blocks.windows(2).map(|pair| pair[1] - pair[0]).collect();
                 let n_used = sizes.iter().take_while(|&&size| size > 0).count();
