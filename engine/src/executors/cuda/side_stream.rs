@@ -61,13 +61,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longer_part_gets_more() {
-        let decode_heavy = decode_share(132, 600e6 * 4.0, 1e9);
-        let prefill_heavy = decode_share(132, 1e6, 100e9);
-        let balanced = decode_share(132, 600e6, 60e9);
-        assert!(decode_heavy > balanced && balanced > prefill_heavy);
-        assert!(prefill_heavy >= 8 && decode_heavy <= 124);
-        // Memory is busy with fewer than all of them.
-        assert!(decode_share(132, 600e6, 20e9) <= 45);
+    fn both_parts_end_together_and_memory_is_busy_with_a_third() {
+        assert_eq!(decode_share(132, 1e6, 100e9), 8, "at least a sixteenth");
+        let balanced = decode_share(132, 600e6, 200e9);
+        let times = [600e6 / (balanced as f64 * BYTES_PER_NS), 200e9 / ((132 - balanced) as f64 * FLOP_PER_NS)];
+        assert!((times[0] / times[1] - 1.0).abs() < 0.1, "{balanced} {times:?}");
+        assert_eq!(decode_share(132, 2400e6, 1e9), 43);
     }
 }
