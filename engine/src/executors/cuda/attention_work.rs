@@ -1,9 +1,8 @@
 //! [`AttentionWork`]: how Hopper's decode attention shares the pages of a step out among its blocks
 //! (`kernels/decode_attention_sm90.cu`).
 
+use super::ops::kv_tiles;
 use crate::{decoder::DecoderSpec, step::PAGE_SIZE};
-
-use super::buffers::HEADS_PER_TILE;
 
 /// Units of a block, at least: one for each of its warps.
 const MIN_UNITS: usize = 8;
@@ -25,10 +24,9 @@ pub(super) struct AttentionWork {
 impl AttentionWork {
     /// For `spec` on a device of `n_sms` multiprocessors.
     pub(super) fn new(spec: &DecoderSpec, n_sms: u32) -> Self {
-        let group = spec.n_heads / spec.n_kv_heads;
         Self {
             n_blocks: n_sms as usize,
-            n_tiles: spec.n_kv_heads * group.div_ceil(HEADS_PER_TILE),
+            n_tiles: kv_tiles(spec.n_heads, spec.n_kv_heads),
             window: spec.sliding_window.unwrap_or(0),
         }
     }

@@ -1,8 +1,8 @@
 //! [`StepBuffers`]: activations and step state, allocated once for the largest step.
 
 use super::{
-    batch_attention, device::Gpu, gemm::padded_rows, inputs::Layout, memory::DeviceBuffer, stream_gemm::StreamGemm,
-    tensor_map::TensorMap,
+    device::Gpu, gemm::padded_rows, inputs::Layout, long_attention, memory::DeviceBuffer, ops::kv_tiles,
+    stream_gemm::StreamGemm, tensor_map::TensorMap,
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -67,9 +67,9 @@ impl StepBuffers {
         let rows = padded_rows(limits.max_tokens.max(limits.max_seqs));
         let (q, kv) = (spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim);
         let group = spec.n_heads / spec.n_kv_heads;
-        let kv_tiles = spec.n_kv_heads * group.div_ceil(HEADS_PER_TILE);
+        let kv_tiles = kv_tiles(spec.n_heads, spec.n_kv_heads);
         let partials = limits.max_seq_splits * kv_tiles * group.min(HEADS_PER_TILE);
-        let (of_blocks, sums_of_blocks) = batch_attention::partial_numbers(spec, gpu.n_sms as usize);
+        let (of_blocks, sums_of_blocks) = long_attention::partial_numbers(spec, gpu.n_sms as usize);
         let gate_up_rows = if gpu.is_hopper() { 1 } else { rows };
         // Zeroed: rows past the step's end are computed from what is there, and NaNs would be slow to find.
         let zeroed = |n_bytes: usize, what: &str| DeviceBuffer::zeroed(gpu, n_bytes, what);

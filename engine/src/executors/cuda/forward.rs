@@ -9,7 +9,6 @@ use std::ops::Range;
 use cudarc::driver::sys;
 
 use super::{
-    batch_attention::BatchAttention,
     buffers::{KvCache, StepBuffers},
     device::Gpu,
     experts::{ExpertRows, Experts},
@@ -20,6 +19,7 @@ use super::{
         Launch,
     },
     load::{LayerWeights, Weights},
+    long_attention::LongAttention,
     memory::DeviceBuffer,
     ops::{Contexts, Gemv, Ops},
     product::Product,
@@ -36,7 +36,7 @@ pub(super) struct Forward {
     /// On Hopper.
     pub(super) stream_gemm: Option<StreamGemm>,
     /// On Hopper.
-    pub(super) batch_attention: Option<BatchAttention>,
+    pub(super) long_attention: Option<LongAttention>,
     /// For decode attention beside prefill attention.
     pub(super) side: SideStream,
     /// Of models that have them.
@@ -72,7 +72,7 @@ struct Rows {
     n_tiles: usize,
     /// Of the leading rows.
     contexts: Contexts,
-    /// Blocks of [`BatchAttention`].
+    /// Blocks of [`LongAttention`].
     decode_blocks: usize,
 }
 
@@ -244,9 +244,9 @@ impl Forward {
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
             self.decode_attention_rope(gpu, layer, rows)?;
-        } else if let Some(attention) = self.batch_attention_of(rows.contexts).filter(|_| rows.n_decode > 0) {
+        } else if let Some(attention) = self.long_attention_of(rows.contexts).filter(|_| rows.n_decode > 0) {
             let stream = self.side.fork(gpu)?;
-            self.batch_attention(attention, stream, layer, rows)?;
+            self.long_attention(attention, stream, layer, rows)?;
             self.rope_kv(gpu, layer, tokens, rows.n_decode..n)?;
             self.prefill_attention(gpu, layer, rows.n_tiles, gpu.n_sms as usize - rows.decode_blocks)?;
             self.side.join(gpu)?;
@@ -349,26 +349,24 @@ impl Forward {
     }
 
     fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
-        let (bias, cos_sin) = (self.weights.layers[layer].qkv_bias(), self.cos_sin.ptr());
-        if let Some(attention) = self.batch_attention_of(rows.contexts) {
-            return self.batch_attention(attention, gpu.cu_stream(), layer, rows);
+        if let Some(attention) = self.long_attention_of(rows.contexts) {
+            return self.long_attention(attention, gpu.cu_stream(), layer, rows);
         }
-        let mut args = vec![Ptr(self.buffers.qkv.ptr()), Ptr(bias), Ptr(cos_sin)];
-        args.extend(self.cache_args(layer, rows));
+        let args: Vec<_> = self.rope_args(layer).into_iter().chain(self.cache_args(layer, rows)).collect();
         let kernel = self.ops.decode_attention_rope(rows.n_decode, rows.contexts);
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
     }
 
     /// The kernel for long contexts, if these are.
-    fn batch_attention_of(&self, contexts: Contexts) -> Option<&BatchAttention> {
-        self.batch_attention.as_ref().filter(|_| BatchAttention::takes(contexts) && !self.spec.qk_norm)
+    fn long_attention_of(&self, contexts: Contexts) -> Option<&LongAttention> {
+        self.long_attention.as_ref().filter(|_| LongAttention::takes(contexts) && !self.spec.qk_norm)
     }
 
     /// Multiprocessors for decode attention of a step of `shape`.
     pub(super) fn decode_blocks(&self, gpu: &Gpu, shape: StepShape) -> usize {
         let n_sms = gpu.n_sms as usize;
         let is_beside = shape.n_tiles > 0 && shape.n_decode > 0;
-        if !is_beside || self.batch_attention_of(Contexts::of(shape.n_blocks)).is_none() {
+        if !is_beside || self.long_attention_of(Contexts::of(shape.n_blocks)).is_none() {
             return n_sms;
         }
         let bytes = shape.n_decode_context * 4 * self.spec.n_kv_heads * self.spec.head_dim;
@@ -376,30 +374,18 @@ impl Forward {
         decode_share(n_sms, bytes as f64, flop as f64)
     }
 
-    fn batch_attention(
+    fn long_attention(
         &self,
-        attention: &BatchAttention,
+        attention: &LongAttention,
         stream: sys::CUstream,
         layer: usize,
         rows: Rows,
     ) -> Result<(), Error> {
-        let b = &self.buffers;
-        let (k, v) = &self.kv.layers[layer];
         let (k_map, v_map) = &self.kv.maps[layer];
-        let args = [
-            Map(k_map),
-            Map(v_map),
-            Ptr(b.qkv.ptr()),
-            Ptr(self.weights.layers[layer].qkv_bias()),
-            Ptr(self.cos_sin.ptr()),
-            Ptr(b.block_tables.ptr()),
-            Ptr(self.input(self.layout.context_lens)),
-            Ptr(k.ptr()),
-            Ptr(v.ptr()),
-            Ptr(b.attn_out.ptr()),
-            Ptr(b.partial_out.ptr()),
-            Ptr(b.partial_max_sum.ptr()),
-            Ptr(b.counters.ptr()),
+        let mut args = vec![Map(k_map), Map(v_map)];
+        args.extend(self.rope_args(layer));
+        args.extend(self.attention_buffers(layer));
+        args.extend([
             Ptr(self.input(self.layout.unit_starts)),
             Ptr(self.input(self.layout.block_starts)),
             Int(rows.n_decode as i32),
@@ -407,7 +393,7 @@ impl Forward {
             Int(self.max_blocks as i32),
             Int(self.window()),
             Float(self.scale()),
-        ];
+        ]);
         let launch = attention.launch(rows.n_decode, rows.decode_blocks);
         // Beside prefill attention nothing of its own stream is ahead.
         let launch = Launch { dependent: rows.n_tiles == 0, ..launch };
@@ -424,8 +410,13 @@ impl Forward {
         kernel.launch(gpu.cu_stream(), self.ops.decode_attention_launch(rows.n_decode, rows.contexts), &args)
     }
 
-    /// The arguments that both decode attentions end with.
-    fn cache_args(&self, layer: usize, rows: Rows) -> [Arg; 12] {
+    /// The arguments that attentions which rotate begin with.
+    fn rope_args(&self, layer: usize) -> [Arg; 3] {
+        [Ptr(self.buffers.qkv.ptr()), Ptr(self.weights.layers[layer].qkv_bias()), Ptr(self.cos_sin.ptr())]
+    }
+
+    /// What every decode attention reads and writes beside q, k and v.
+    fn attention_buffers(&self, layer: usize) -> [Arg; 8] {
         let b = &self.buffers;
         let (k, v) = &self.kv.layers[layer];
         [
@@ -437,11 +428,18 @@ impl Forward {
             Ptr(b.partial_out.ptr()),
             Ptr(b.partial_max_sum.ptr()),
             Ptr(b.counters.ptr()),
+        ]
+    }
+
+    /// The arguments that decode_attention.cu's kernels end with.
+    fn cache_args(&self, layer: usize, rows: Rows) -> impl Iterator<Item = Arg> {
+        let cut = [
             Int(self.max_blocks as i32),
             Int(self.window()),
             Int(self.ops.min_pages(rows.n_decode, rows.contexts)),
             Float(self.scale()),
-        ]
+        ];
+        self.attention_buffers(layer).into_iter().chain(cut)
     }
 
     /// On Hopper, on `n_sms` multiprocessors.

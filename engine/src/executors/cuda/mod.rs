@@ -12,7 +12,6 @@
 //! Everything goes to one stream, in order. Burn's own stream is used for nothing but allocation.
 
 mod attention_work;
-mod batch_attention;
 mod buckets;
 mod buffers;
 mod compile;
@@ -28,6 +27,7 @@ mod kernel;
 mod libraries;
 mod load;
 mod logit_edits;
+mod long_attention;
 mod memory;
 mod ops;
 mod plan;

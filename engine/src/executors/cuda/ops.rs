@@ -341,7 +341,8 @@ impl Ops {
     }
 }
 
-fn kv_tiles(n_heads: usize, n_kv: usize) -> usize {
+/// Tiles of up to [`HEADS_PER_TILE`] query heads that share a kv head.
+pub(super) fn kv_tiles(n_heads: usize, n_kv: usize) -> usize {
     n_kv * (n_heads / n_kv).div_ceil(HEADS_PER_TILE)
 }
 

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use super::{
     attention_work::AttentionWork,
-    batch_attention::BatchAttention,
     buckets::buckets,
     buffers::{KvCache, StepBuffers, StepLimits, page_bytes},
     device::Gpu,
@@ -14,6 +13,7 @@ use super::{
     graph::Graph,
     inputs::{Layout, StepShape},
     load::{self, Origin},
+    long_attention::LongAttention,
     memory::DeviceBuffer,
     ops::{self, Contexts, Ops},
     plan::{self, MemoryInputs},
@@ -141,10 +141,10 @@ pub(super) fn run(
         LoadFormat::Auto => Origin::Source(weights),
     };
     // Kernels compile and the rotation table is made while the weights load.
-    let (ops, stream_kernels, batch_attention, expert_kernels, table, weights) = std::thread::scope(|scope| {
+    let (ops, stream_kernels, long_attention, expert_kernels, table, weights) = std::thread::scope(|scope| {
         let ops = scope.spawn(|| Ops::new(gpu, spec));
         let stream_kernels = scope.spawn(|| StreamKernels::new(gpu));
-        let batch_attention = scope.spawn(|| BatchAttention::new(gpu, spec, limits.max_seqs));
+        let long_attention = scope.spawn(|| LongAttention::new(gpu, spec, limits.max_seqs));
         let expert_kernels = scope.spawn(|| ExpertKernels::new(gpu, spec));
         let table = scope.spawn(|| cos_sin(spec, max_len));
         let weights = load::load(gpu, spec, origin);
@@ -152,7 +152,7 @@ pub(super) fn run(
         Ok::<_, Error>((
             ops.join().map_err(|_| panicked())??,
             stream_kernels.join().map_err(|_| panicked())??,
-            batch_attention.join().map_err(|_| panicked())??,
+            long_attention.join().map_err(|_| panicked())??,
             expert_kernels.join().map_err(|_| panicked())??,
             table.join().map_err(|_| panicked())?,
             weights?,
@@ -175,7 +175,7 @@ pub(super) fn run(
         ops,
         gemm: Gemm::new(gpu)?,
         stream_gemm: stream_gemm.transpose()?,
-        batch_attention,
+        long_attention,
         side: SideStream::new(gpu)?,
         experts: experts.transpose()?,
         weights,

@@ -3,7 +3,7 @@
 // variant: smollm2_135m HEAD_DIM=64 GROUP=3
 // variant: head_dim_96 HEAD_DIM=96 GROUP=12
 //
-// Paged attention of one new token per sequence over its context, for batches on Hopper (sm_90a only): the same as
+// Paged attention of one new token per sequence over its context, long ones on Hopper (sm_90a only): the same as
 // decode_attention_rope of decode_attention.cu, with one block a multiprocessor, whose warps take their pages through
 // rings of shared memory that the copy engine fills, the first of them before the kernel ahead has ended.
 //
@@ -15,7 +15,7 @@
 // one sequence. Units are numbered by (sequence, tile, page), so those of a row (sequence, tile) follow each other:
 //   unit_starts   int32 [n_seqs + 1]     first unit of each sequence, and the end
 //   block_starts  int32 [gridDim.x + 1]  first unit of each block, and the end
-// The host decides where blocks begin (inputs.rs). A row that several blocks share is combined by the last of them:
+// The host decides where blocks begin (attention_work.rs). A row that several blocks share is combined by the last of them:
 //   partial_out      float32 [gridDim.x, 2, HEADS, HEAD_DIM]  a block's part of the row that it begins with (0), of the
 //   partial_max_sum  float32 [gridDim.x, 2, HEADS, 2]         row that it ends with (1)
 //   counters         uint32 [gridDim.x]  by the first block of a row; zero before the first launch; left zero

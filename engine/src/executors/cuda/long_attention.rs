@@ -1,7 +1,6 @@
-//! [`BatchAttention`]: decode attention of batches on Hopper (`kernels/decode_attention_sm90.cu`).
+//! [`LongAttention`]: decode attention of long contexts on Hopper (`kernels/decode_attention_sm90.cu`).
 
 use super::{
-    attention_work::AttentionWork,
     buffers::HEADS_PER_TILE,
     compile::{self, Variant},
     device::Gpu,
@@ -18,21 +17,21 @@ const MAX_STAGES: usize = 4;
 const ROWS: usize = 8;
 
 /// The kernel for one model.
-pub(super) struct BatchAttention {
+pub(super) struct LongAttention {
     kernel: Kernel,
-    work: AttentionWork,
+    /// Most blocks: multiprocessors.
+    n_sms: usize,
     /// Dynamic shared memory, without the lists of sequences.
     shared_bytes: usize,
 }
 
-impl BatchAttention {
+impl LongAttention {
     /// Compiles (or takes from the cache) and loads it, for batches of up to `max_seqs`; `None` if the device is not a
     /// Hopper or the model's heads do not fit its multiprocessors.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, max_seqs: usize) -> Result<Option<Self>, Error> {
-        let work = AttentionWork::new(spec, gpu.n_sms);
-        let fits = |&stages: &usize| {
-            shared_bytes(spec, stages) + lists_bytes(max_seqs, work.n_blocks) <= gpu.max_shared as usize
-        };
+        let n_sms = gpu.n_sms as usize;
+        let fits =
+            |&stages: &usize| shared_bytes(spec, stages) + lists_bytes(max_seqs, n_sms) <= gpu.max_shared as usize;
         let stages = (1..=MAX_STAGES).rev().find(fits).filter(|_| gpu.is_hopper());
         let Some(stages) = stages else { return Ok(None) };
         let macros = [
@@ -46,7 +45,7 @@ impl BatchAttention {
         gpu.bind()?;
         let [kernel] = Kernel::load(&cubins[0], ["decode_attention_sm90"])?;
         kernel.allow_shared(gpu.max_shared)?;
-        Ok(Some(Self { kernel, work, shared_bytes: shared_bytes(spec, stages) }))
+        Ok(Some(Self { kernel, n_sms, shared_bytes: shared_bytes(spec, stages) }))
     }
 
     /// Whether it is the fastest for such contexts: short ones want more blocks beside the weights' streams.
@@ -63,7 +62,7 @@ impl BatchAttention {
         Launch {
             grid: [n_blocks as u32, 1, 1],
             block: WARPS as u32 * 32,
-            shared_bytes: (self.shared_bytes + lists_bytes(n_seqs, self.work.n_blocks)) as u32,
+            shared_bytes: (self.shared_bytes + lists_bytes(n_seqs, self.n_sms)) as u32,
             dependent: true,
         }
     }
