@@ -212,29 +212,10 @@ fn round(values: &[f32], mut put: impl FnMut(usize, i8)) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decoder::{Rope, RopeScaling};
+    use crate::executors::cpu::tests::llama;
 
     fn spec(head_dim: usize) -> DecoderSpec {
-        DecoderSpec {
-            architecture: "LlamaForCausalLM".into(),
-            hidden_size: 64,
-            intermediate_size: 64,
-            n_layers: 1,
-            n_heads: 2,
-            n_kv_heads: 2,
-            head_dim,
-            vocab_size: 64,
-            max_position: 64,
-            norm_eps: 1e-5,
-            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-            tie_embeddings: true,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            sliding_window: None,
-            moe: None,
-        }
+        DecoderSpec { n_heads: 2, n_kv_heads: 2, head_dim, ..llama() }
     }
 
     #[test]

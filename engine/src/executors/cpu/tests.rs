@@ -18,7 +18,7 @@ const TOLERANCE: f32 = 2e-3;
 /// The same with 8-bit keys and values.
 const TOLERANCE_Q8_0: f32 = 5e-2;
 
-fn llama() -> DecoderSpec {
+pub(super) fn llama() -> DecoderSpec {
     DecoderSpec {
         architecture: "LlamaForCausalLM".into(),
         hidden_size: 96,

@@ -3,8 +3,9 @@
 use std::arch::{asm, x86_64::*};
 
 use super::{
-    ActivationBlock, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Operand, Output, QuantizedRows, TILE_COLS,
-    dispatch::{by_codes, by_width},
+    ActivationBlock, DOT_ROWS, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Operand, Output, QuantizedRows,
+    TILE_COLS,
+    dispatch::{by_codes, by_float, by_tile_rows, by_width},
     elementwise,
 };
 use crate::{
@@ -433,48 +434,13 @@ unsafe fn expanded_by<const W: usize, const PARTS: usize, const VNNI: bool>(
     unsafe { store(&totals, out) }
 }
 
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
+const F32: u8 = FloatType::F32 as u8;
+const F16: u8 = FloatType::F16 as u8;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots(float: FloatType, rows: (&[u8], usize), x: (&[f32], usize), out: Output) {
+unsafe fn dots(float: FloatType, (rows, n_rows): (&[u8], usize), (x, width): (&[f32], usize), out: Output) {
     // SAFETY: `Kernels::dots` checked the lengths; `out` is its caller's promise.
-    unsafe {
-        match float {
-            FloatType::F32 => dots_of::<F32>(rows, x, out),
-            FloatType::F16 => dots_of::<F16>(rows, x, out),
-            FloatType::BF16 => dots_of::<BF16>(rows, x, out),
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots_of<const T: u8>((rows, n_rows): (&[u8], usize), x: (&[f32], usize), out: Output) {
-    let n_cols = x.0.len() / x.1;
-    // SAFETY: as in `dots`.
-    unsafe {
-        if n_rows == super::DOT_ROWS {
-            return dots_by_width::<T, 3>(rows, x, out);
-        }
-        for (n, row) in rows.chunks_exact(rows.len() / n_rows).enumerate() {
-            debug_assert_eq!(row.len(), n_cols * size::<T>());
-            dots_by_width::<T, 1>(row, x, Output { ptr: out.ptr.add(n), ..out });
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots_by_width<const T: u8, const R: usize>(rows: &[u8], (x, width): (&[f32], usize), out: Output) {
-    // SAFETY: as in `dots`.
-    unsafe {
-        match width {
-            1 => dots_tile::<T, R, 1>(rows, x, out),
-            2 => dots_tile::<T, R, 2>(rows, x, out),
-            3 => dots_tile::<T, R, 3>(rows, x, out),
-            _ => dots_tile::<T, R, 4>(rows, x, out),
-        }
-    }
+    unsafe { by_float!(float, (rows, n_rows), (x, width), out, dots_tile) }
 }
 
 const fn size<const T: u8>() -> usize {
@@ -551,40 +517,18 @@ unsafe fn dots_tile<const T: u8, const R: usize, const W: usize>(rows: &[u8], x:
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile(size: (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
+unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
     // SAFETY: the caller's promise.
-    unsafe { tile_by_rows::<u16>(size, a, (b, &[1.0; TILE_COLS]), out) }
+    unsafe { by_tile_rows!(n_rows, tile_of[u16; 4, 2, 1, 1, 1, 1](depth, a, (b, &[1.0; TILE_COLS]), out)) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile_i8(size: (usize, usize), a: Operand<f32>, b: (Operand<i8>, &[f32; TILE_COLS]), out: Output) {
+unsafe fn tile_i8((n_rows, depth): (usize, usize), a: Operand<f32>, b: (Operand<i8>, &[f32; TILE_COLS]), out: Output) {
     // SAFETY: the caller's promise.
-    unsafe { tile_by_rows::<i8>(size, a, b, out) }
+    unsafe { by_tile_rows!(n_rows, tile_of[i8; 4, 2, 1, 1, 1, 1](depth, a, b, out)) }
 }
 
-/// `T`: half-precision numbers as `u16`, or `i8`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile_by_rows<T>(
-    (n_rows, depth): (usize, usize),
-    a: Operand<f32>,
-    b: (Operand<T>, &[f32; TILE_COLS]),
-    out: Output,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match n_rows {
-            1 => tile_of::<T, 1, 4>(depth, a, b, out),
-            2 => tile_of::<T, 2, 2>(depth, a, b, out),
-            3 => tile_of::<T, 3, 1>(depth, a, b, out),
-            4 => tile_of::<T, 4, 1>(depth, a, b, out),
-            5 => tile_of::<T, 5, 1>(depth, a, b, out),
-            _ => tile_of::<T, 6, 1>(depth, a, b, out),
-        }
-    }
-}
-
-/// `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
+/// `T`: half-precision numbers as `u16`, or `i8`. `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
 /// each, so fewer than eight sums leave the units idle. (Three rows twice spill registers and are slower.)
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile_of<T, const R: usize, const U: usize>(

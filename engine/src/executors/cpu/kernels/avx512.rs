@@ -4,8 +4,8 @@
 use std::arch::{asm, x86_64::*};
 
 use super::{
-    ActivationBlock, FloatType, Kernels, Operand, Output, TILE_COLS, avx2,
-    dispatch::{by_codes, by_width},
+    ActivationBlock, DOT_ROWS, FloatType, Kernels, Operand, Output, TILE_COLS, avx2,
+    dispatch::{by_codes, by_float, by_tile_rows, by_width},
 };
 use crate::{
     executors::cpu::packed::{PackedGroups, ROWS, block_bytes},
@@ -205,41 +205,13 @@ unsafe fn product<const W: usize, const NIBBLES: bool, const SCALES: u8>(
     }
 }
 
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
+const F32: u8 = FloatType::F32 as u8;
+const F16: u8 = FloatType::F16 as u8;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn dots(float: FloatType, (rows, n_rows): (&[u8], usize), (x, width): (&[f32], usize), out: Output) {
     // SAFETY: `Kernels::dots` checked the lengths; `out` is its caller's promise.
-    unsafe {
-        macro_rules! with {
-            ($type:ident) => {
-                match (n_rows, width) {
-                    (super::DOT_ROWS, 1) => dots_tile::<$type, 3, 1>(rows, x, out),
-                    (super::DOT_ROWS, 2) => dots_tile::<$type, 3, 2>(rows, x, out),
-                    (super::DOT_ROWS, 3) => dots_tile::<$type, 3, 3>(rows, x, out),
-                    (super::DOT_ROWS, _) => dots_tile::<$type, 3, 4>(rows, x, out),
-                    _ => {
-                        for (n, row) in rows.chunks_exact(rows.len() / n_rows).enumerate() {
-                            let out = Output { ptr: out.ptr.add(n), ..out };
-                            match width {
-                                1 => dots_tile::<$type, 1, 1>(row, x, out),
-                                2 => dots_tile::<$type, 1, 2>(row, x, out),
-                                3 => dots_tile::<$type, 1, 3>(row, x, out),
-                                _ => dots_tile::<$type, 1, 4>(row, x, out),
-                            }
-                        }
-                    }
-                }
-            };
-        }
-        match float {
-            FloatType::F32 => with!(F32),
-            FloatType::F16 => with!(F16),
-            FloatType::BF16 => with!(BF16),
-        }
-    }
+    unsafe { by_float!(float, (rows, n_rows), (x, width), out, dots_tile) }
 }
 
 /// The elements of type `T` whose bits in `mask` are set, others zero.
@@ -296,40 +268,18 @@ unsafe fn dots_tile<const T: u8, const R: usize, const W: usize>(rows: &[u8], x:
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn tile(size: (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
+unsafe fn tile((n_rows, depth): (usize, usize), a: Operand<f32>, b: Operand<u16>, out: Output) {
     // SAFETY: the caller's promise.
-    unsafe { tile_by_rows::<u16>(size, a, (b, &[1.0; TILE_COLS]), out) }
+    unsafe { by_tile_rows!(n_rows, tile_of[u16; 4, 4, 4, 2, 2, 2](depth, a, (b, &[1.0; TILE_COLS]), out)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn tile_i8(size: (usize, usize), a: Operand<f32>, b: (Operand<i8>, &[f32; TILE_COLS]), out: Output) {
+unsafe fn tile_i8((n_rows, depth): (usize, usize), a: Operand<f32>, b: (Operand<i8>, &[f32; TILE_COLS]), out: Output) {
     // SAFETY: the caller's promise.
-    unsafe { tile_by_rows::<i8>(size, a, b, out) }
+    unsafe { by_tile_rows!(n_rows, tile_of[i8; 4, 4, 4, 2, 2, 2](depth, a, b, out)) }
 }
 
-/// `T`: half-precision numbers as `u16`, or `i8`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn tile_by_rows<T>(
-    (n_rows, depth): (usize, usize),
-    a: Operand<f32>,
-    b: (Operand<T>, &[f32; TILE_COLS]),
-    out: Output,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match n_rows {
-            1 => tile_of::<T, 1, 4>(depth, a, b, out),
-            2 => tile_of::<T, 2, 4>(depth, a, b, out),
-            3 => tile_of::<T, 3, 4>(depth, a, b, out),
-            4 => tile_of::<T, 4, 2>(depth, a, b, out),
-            5 => tile_of::<T, 5, 2>(depth, a, b, out),
-            _ => tile_of::<T, 6, 2>(depth, a, b, out),
-        }
-    }
-}
-
-/// `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
+/// `T`: half-precision numbers as `u16`, or `i8`. `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
 /// each, so fewer than eight sums leave the units idle.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn tile_of<T, const R: usize, const U: usize>(
