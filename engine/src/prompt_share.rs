@@ -1,10 +1,13 @@
 //! [`PromptShare`]: how many prompt tokens may go along in a step that also decodes.
 //!
-//! A prompt chunk holds up every sequence that decodes in its step. On a host a chunk of a few hundred tokens takes ten
-//! times as long as the decoding itself, so chunks are cut to what keeps the step below [`MAX_STRETCH`] times the time
-//! that decoding alone takes. Both times are measured; steps without decoding sequences hold nobody up and are not cut.
+//! A prompt chunk holds up every sequence that decodes in its step. On a GPU the rows of such a step are bounded, by the
+//! number of prompts that wait. On a host a chunk of a few hundred tokens takes ten times as long as the decoding itself,
+//! so chunks are cut to what keeps the step below [`MAX_STRETCH`] times the time that decoding alone takes. Both times
+//! are measured; steps without decoding sequences hold nobody up and are not cut.
 
 use std::time::Duration;
+
+use crate::executors::MixedSteps;
 
 /// How much longer a step may take than one that only decodes. Below 3, so that the bound holds for the slow ones too.
 const MAX_STRETCH: f64 = 2.4;
@@ -13,9 +16,48 @@ const MIN_TOKENS: usize = 8;
 /// Mixed steps after which one only decodes, so that the measured time is that of the present batch.
 const MAX_MIXED_STEPS: u32 = 16;
 
+/// Fewest prompt tokens that rows are bounded to, however many sequences decode.
+const MIN_PROMPT_ROWS: usize = 128;
+
+/// How an executor's prompt chunks are cut.
+#[derive(Debug)]
+pub(crate) enum PromptShare {
+    /// As [`MixedSteps::Rows`].
+    Rows(&'static [usize]),
+    /// As [`MixedSteps::Timed`].
+    Timed(TimedShare),
+}
+
+impl PromptShare {
+    pub(crate) fn new(mixed_steps: MixedSteps) -> Self {
+        match mixed_steps {
+            MixedSteps::Rows(rows) => Self::Rows(rows),
+            MixedSteps::Timed => Self::Timed(TimedShare::default()),
+        }
+    }
+
+    /// Most prompt tokens of the next step, if it decodes, when so many sequences decode and so many prompts wait.
+    pub(crate) fn budget(&self, n_decoding: usize, n_prompts: usize) -> usize {
+        match self {
+            Self::Rows(rows) => {
+                let by_queue = rows.get(n_prompts.saturating_sub(1)).or(rows.last());
+                by_queue.map_or(usize::MAX, |rows| rows.saturating_sub(n_decoding).max(MIN_PROMPT_ROWS))
+            }
+            Self::Timed(share) => share.budget(),
+        }
+    }
+
+    /// A step of `n_decoding` sequences and `n_prompt` prompt tokens took so long.
+    pub(crate) fn ran(&mut self, took: Duration, n_decoding: usize, n_prompt: usize) {
+        if let Self::Timed(share) = self {
+            share.ran(took, n_decoding, n_prompt);
+        }
+    }
+}
+
 /// The measured times and what follows from them.
 #[derive(Debug)]
-pub(crate) struct PromptShare {
+pub(crate) struct TimedShare {
     /// Of the last step that only decoded.
     decode: Option<Duration>,
     /// Mixed steps since.
@@ -24,20 +66,19 @@ pub(crate) struct PromptShare {
     budget: usize,
 }
 
-impl Default for PromptShare {
+impl Default for TimedShare {
     fn default() -> Self {
         Self { decode: None, n_mixed: 0, budget: MIN_TOKENS }
     }
 }
 
-impl PromptShare {
+impl TimedShare {
     /// Most prompt tokens of the next step, if it decodes.
-    pub(crate) fn budget(&self) -> usize {
+    fn budget(&self) -> usize {
         if self.decode.is_none() || self.n_mixed >= MAX_MIXED_STEPS { 0 } else { self.budget }
     }
 
-    /// A step of `n_decoding` sequences and `n_prompt` prompt tokens took so long.
-    pub(crate) fn ran(&mut self, took: Duration, n_decoding: usize, n_prompt: usize) {
+    fn ran(&mut self, took: Duration, n_decoding: usize, n_prompt: usize) {
         if n_decoding == 0 {
             return;
         }
@@ -65,7 +106,7 @@ mod tests {
     use super::*;
 
     /// A host on which a decoding sequence costs 2 ms and a prompt token so many.
-    fn run_steps(share: &mut PromptShare, n_steps: usize, n_decoding: usize, ms_per_prompt_token: f64) -> Vec<f64> {
+    fn run_steps(share: &mut TimedShare, n_steps: usize, n_decoding: usize, ms_per_prompt_token: f64) -> Vec<f64> {
         let decode = 2.0 * n_decoding as f64;
         let steps = (0..n_steps).map(|_| {
             let n_prompt = share.budget();
@@ -77,8 +118,16 @@ mod tests {
     }
 
     #[test]
+    fn more_waiting_prompts_get_more_rows() {
+        let share = PromptShare::new(MixedSteps::Rows(&[256, 512, 1024]));
+        assert_eq!([1, 2, 3, 9].map(|n_prompts| share.budget(16, n_prompts)), [240, 496, 1008, 1008]);
+        assert_eq!(share.budget(250, 1), MIN_PROMPT_ROWS, "prompts get on beside many decoding sequences");
+        assert_eq!(share.budget(0, 0), 256);
+    }
+
+    #[test]
     fn steps_are_stretched_as_far_as_is_allowed_and_no_further() {
-        let mut share = PromptShare::default();
+        let mut share = TimedShare::default();
         assert_eq!(share.budget(), 0, "the first step is measured");
         let stretches = run_steps(&mut share, 64, 16, 1.4);
         assert!(stretches.iter().all(|&it| it < 2.5), "{stretches:?}");
@@ -91,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_growing_batch_is_measured_again() {
-        let mut share = PromptShare::default();
+        let mut share = TimedShare::default();
         run_steps(&mut share, 64, 1, 1.4);
         assert_eq!(share.budget(), MIN_TOKENS);
         let stretches = run_steps(&mut share, 64, 16, 1.4);
@@ -101,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_rest_of_a_prompt_and_steps_without_decoding_change_nothing() {
-        let mut share = PromptShare::default();
+        let mut share = TimedShare::default();
         run_steps(&mut share, 64, 16, 1.4);
         let before = share.budget();
         share.ran(Duration::from_millis(300), 16, 1);

@@ -27,8 +27,6 @@ pub struct SchedulerConfig {
     pub max_num_seqs: usize,
     /// Most tokens in a step.
     pub max_num_batched_tokens: usize,
-    /// Most tokens in a step in which sequences decode, but that there is always room for a page of a prompt.
-    pub max_mixed_rows: usize,
     /// Reuse KV pages of equal prefixes.
     pub enable_prefix_caching: bool,
 }
@@ -181,6 +179,13 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Sequences that would decode in a step planned now, and those whose prompts are not computed, in the batch or
+    /// waiting for it.
+    pub fn n_decoding_and_prompts(&self) -> (usize, usize) {
+        let to_schedule = || self.running.iter().map(|id| self.seqs[id].n_to_schedule());
+        (to_schedule().filter(|&n| n == 1).count(), to_schedule().filter(|&n| n > 1).count() + self.waiting.len())
+    }
+
     /// The page pool.
     pub fn pool(&self) -> &KvPool {
         &self.pool
@@ -242,8 +247,7 @@ impl Scheduler {
                 }
             }
             if decoding && !planned.is_empty() {
-                let rows = self.config.max_mixed_rows.saturating_sub(planned.len()).max(PAGE_SIZE);
-                *budget = (*budget).min(self.prompt_budget).min(rows);
+                *budget = (*budget).min(self.prompt_budget);
             }
         }
         preempted

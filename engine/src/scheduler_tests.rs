@@ -11,13 +11,7 @@ use crate::{request::SamplingParams, step::SampledToken};
 const EOS: u32 = 1;
 
 fn config(n_pages: usize) -> SchedulerConfig {
-    SchedulerConfig {
-        n_pages,
-        max_num_seqs: 4,
-        max_num_batched_tokens: 32,
-        max_mixed_rows: 32,
-        enable_prefix_caching: true,
-    }
+    SchedulerConfig { n_pages, max_num_seqs: 4, max_num_batched_tokens: 32, enable_prefix_caching: true }
 }
 
 fn sequence(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> NewSequence {
@@ -60,18 +54,17 @@ fn a_prompt_is_cut_to_the_budget_and_then_decoded() {
 }
 
 #[test]
-fn prompts_beside_decoding_sequences_are_cut_shorter() {
-    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_rows: 20, ..config(16) });
+fn decoding_sequences_and_unfinished_prompts_are_counted() {
+    let mut scheduler = Scheduler::new(config(16));
     scheduler.add(sequence(10..30, 9));
-    assert_eq!(scheduler.plan().expect("work").n_tokens(), 20, "nothing decodes: the whole budget");
-    scheduler.add(sequence(100..130, 9));
-    let step = scheduler.plan().expect("work");
-    assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 19]);
-    let mut scheduler = Scheduler::new(SchedulerConfig { max_mixed_rows: 1, ..config(16) });
-    scheduler.add(sequence(10..30, 9));
+    assert_eq!(scheduler.n_decoding_and_prompts(), (0, 1));
     scheduler.plan().expect("work");
-    scheduler.add(sequence(100..130, 9));
-    assert_eq!(scheduler.plan().expect("work").n_tokens(), 1 + PAGE_SIZE, "prompts are never held up for ever");
+    scheduler.add(sequence(100..150, 9));
+    scheduler.add(sequence(200..230, 9));
+    assert_eq!(scheduler.n_decoding_and_prompts(), (1, 2));
+    let step = scheduler.plan().expect("work");
+    assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 31]);
+    assert_eq!(scheduler.n_decoding_and_prompts(), (1, 2), "one prompt is half done");
 }
 
 #[test]

@@ -20,7 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::{
     EngineConfig, EngineStats, Error,
     engine::lock,
-    executors::{Executor, MixedSteps},
+    executors::Executor,
     generation::{CancelFlag, TokenEvent},
     pace::Pace,
     prompt_share::PromptShare,
@@ -108,8 +108,7 @@ pub(crate) struct Serving {
     /// The steps in flight, oldest first.
     launched: VecDeque<Launched>,
     pace: Pace,
-    /// Set if the executor's prompt chunks are kept short.
-    prompt_share: Option<PromptShare>,
+    prompt_share: PromptShare,
     shared: Arc<Shared>,
 }
 
@@ -120,15 +119,11 @@ impl Serving {
             n_pages: capacity.n_pages,
             max_num_seqs: capacity.max_num_seqs,
             max_num_batched_tokens: capacity.max_num_batched_tokens,
-            max_mixed_rows: match capacity.mixed_steps {
-                MixedSteps::Rows(n) => n,
-                MixedSteps::Timed => usize::MAX,
-            },
             enable_prefix_caching: config.enable_prefix_caching,
         });
         let serving = Self {
             max_in_flight: capacity.max_in_flight,
-            prompt_share: (capacity.mixed_steps == MixedSteps::Timed).then(PromptShare::default),
+            prompt_share: PromptShare::new(capacity.mixed_steps),
             executor,
             scheduler,
             callers: HashMap::new(),
@@ -185,12 +180,12 @@ impl Serving {
                 }
             }
             self.drop_cancelled();
-            if let Some(share) = &self.prompt_share {
-                self.scheduler.set_prompt_budget(share.budget());
-            }
-            while self.scheduler.n_in_flight() < self.max_in_flight
-                && let Some(step) = self.scheduler.plan()
-            {
+            while self.scheduler.n_in_flight() < self.max_in_flight {
+                let (n_decoding, n_prompts) = self.scheduler.n_decoding_and_prompts();
+                self.scheduler.set_prompt_budget(self.prompt_share.budget(n_decoding, n_prompts));
+                let Some(step) = self.scheduler.plan() else {
+                    break;
+                };
                 let now = Instant::now();
                 for id in self.scheduler.take_admitted() {
                     if let Some(caller) = self.callers.get_mut(&id) {
@@ -223,9 +218,7 @@ impl Serving {
         };
         let now = Instant::now();
         self.pace.collected(now, n_prompt_tokens == 0, self.scheduler.n_in_flight() > 1);
-        if let Some(share) = &mut self.prompt_share {
-            share.ran(now - at, n_decoding, n_prompt_tokens);
-        }
+        self.prompt_share.ran(now - at, n_decoding, n_prompt_tokens);
     }
 
     /// The next arrival that is here, or comes before the next step has to be planned.

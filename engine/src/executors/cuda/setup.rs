@@ -31,9 +31,9 @@ use crate::{
 
 /// Most query rows of a step, unless asked otherwise.
 const DEFAULT_MAX_TOKENS: usize = 4096;
-/// Most query rows of a step in which sequences decode. An H100 takes 25 ms for so many of an 8B model, hardly more per
-/// token than for thousands (docs/log.md).
-const MAX_MIXED_ROWS: usize = 768;
+/// Most query rows of a step in which sequences decode, beside one waiting prompt, two and so on: multiples of the
+/// products' tiles, from those that cost least beside the weights to those that cost least each (docs/log.md).
+const MIXED_ROWS: &[usize] = &[256, 512, 512, 1024];
 /// Most sequences of a step, unless asked otherwise.
 const DEFAULT_MAX_SEQS: usize = 256;
 /// Device memory that a CUDA graph is counted for before it exists.
@@ -211,7 +211,7 @@ pub(super) fn run(
         max_num_batched_tokens: limits.max_tokens,
         max_model_len,
         max_in_flight: 2,
-        mixed_steps: MixedSteps::Rows(MAX_MIXED_ROWS),
+        mixed_steps: MixedSteps::Rows(MIXED_ROWS),
         max_logprobs: super::sampling::MAX_TOP.min(spec.vocab_size),
     };
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
