@@ -6,7 +6,10 @@
 //! for prompts beside decoding sequences. When pages run out, the sequence that
 //! is last in the order of (priority, arrival) gives its pages back and is computed again later.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    cmp::Reverse,
+    collections::{HashMap, VecDeque},
+};
 
 use crate::{
     kv_pool::KvPool,
@@ -207,8 +210,10 @@ impl Scheduler {
         if planned.is_empty() {
             return None;
         }
-        // Executors want decoding sequences first.
-        planned.sort_by_key(|&(_, n_tokens)| n_tokens != 1);
+        // Executors want decoding sequences first, those of the longest contexts ahead: a device that begins with the
+        // shortest ends with a few long ones.
+        let context = |id: SeqId| self.seqs[&id].n_scheduled;
+        planned.sort_by_key(|&(id, n_tokens)| (n_tokens != 1, Reverse(if n_tokens == 1 { context(id) } else { 0 })));
         Some(self.build(&planned))
     }
 

@@ -21,7 +21,7 @@ pub struct StepInput {
     pub positions: Vec<u32>,
     /// `[n_tokens]`: where each token's key and value go, `page * PAGE_SIZE + offset`.
     pub slot_mapping: Vec<u32>,
-    /// The sequences, decoding ones (`query_len == 1`) first.
+    /// The sequences, decoding ones (`query_len == 1`) first, of these the longest contexts first.
     pub seqs: Vec<StepSeq>,
     /// Pages of all sequences, one after the other; see [`StepSeq::block_table`].
     pub block_tables: Vec<u32>,

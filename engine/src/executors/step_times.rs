@@ -51,7 +51,7 @@ impl FromStr for StepLoad {
             let (low, high) = (number(low)?, number(high)?);
             seqs.extend((0..n).map(|i| (1, low + (high.max(low) - low) * i / (n - 1).max(1))));
         }
-        seqs.sort_by_key(|&(query, _)| query != 1);
+        seqs.sort_by_key(|&(query, context)| (query != 1, std::cmp::Reverse(context)));
         Ok(Self { text: text.to_owned(), seqs })
     }
 }

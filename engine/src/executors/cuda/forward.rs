@@ -243,12 +243,16 @@ impl Forward {
         self.norm(gpu, input_norm, 0, n)?;
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
-            self.decode_attention_rope(gpu, layer, rows)?;
-        } else if let Some(attention) = self.long_attention_of(rows.contexts).filter(|_| rows.n_decode > 0) {
+            self.decode_attention_rope(gpu.cu_stream(), layer, rows)?;
+        } else if rows.n_decode > 0 && rows.n_tiles > 0 && !self.spec.qk_norm {
             let stream = self.side.fork(gpu)?;
-            self.long_attention(attention, stream, layer, rows)?;
+            self.decode_attention_rope(stream, layer, rows)?;
             self.rope_kv(gpu, layer, tokens, rows.n_decode..n)?;
-            self.prefill_attention(gpu, layer, rows.n_tiles, gpu.n_sms as usize - rows.decode_blocks)?;
+            let n_sms = match self.long_attention_of(rows.contexts) {
+                Some(_) => gpu.n_sms as usize - rows.decode_blocks,
+                None => gpu.n_sms as usize,
+            };
+            self.prefill_attention(gpu, layer, rows.n_tiles, n_sms)?;
             self.side.join(gpu)?;
         } else {
             self.rope_kv(gpu, layer, tokens, 0..n)?;
@@ -306,7 +310,7 @@ impl Forward {
             self.rope_kv(gpu, layer, self.layout.decode, 0..n)?;
             self.decode_attention(gpu, layer, rows)?;
         } else {
-            self.decode_attention_rope(gpu, layer, rows)?;
+            self.decode_attention_rope(gpu.cu_stream(), layer, rows)?;
         }
         let hidden = Int(s.hidden_size as i32);
         run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
@@ -348,13 +352,17 @@ impl Forward {
         self.ops.rope_kv.launch(gpu.cu_stream(), self.ops.rope_kv_launch(n), &args)
     }
 
-    fn decode_attention_rope(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+    fn decode_attention_rope(&self, stream: sys::CUstream, layer: usize, rows: Rows) -> Result<(), Error> {
+        // Beside prefill attention nothing of its own stream is ahead.
+        let is_alone = |launch: Launch| Launch { dependent: launch.dependent && rows.n_tiles == 0, ..launch };
         if let Some(attention) = self.long_attention_of(rows.contexts) {
-            return self.long_attention(attention, gpu.cu_stream(), layer, rows);
+            let launch = is_alone(attention.launch(rows.n_decode, rows.decode_blocks));
+            return attention.kernel().launch(stream, launch, &self.long_attention_args(layer, rows));
         }
         let args: Vec<_> = self.rope_args(layer).into_iter().chain(self.cache_args(layer, rows)).collect();
         let kernel = self.ops.decode_attention_rope(rows.n_decode, rows.contexts);
-        kernel.launch(gpu.cu_stream(), self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts), &args)
+        let launch = is_alone(self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts));
+        kernel.launch(stream, launch, &args)
     }
 
     /// The kernel for long contexts, if these are.
@@ -374,13 +382,7 @@ impl Forward {
         decode_share(n_sms, bytes as f64, flop as f64)
     }
 
-    fn long_attention(
-        &self,
-        attention: &LongAttention,
-        stream: sys::CUstream,
-        layer: usize,
-        rows: Rows,
-    ) -> Result<(), Error> {
+    fn long_attention_args(&self, layer: usize, rows: Rows) -> Vec<Arg> {
         let (k_map, v_map) = &self.kv.maps[layer];
         let mut args = vec![Map(k_map), Map(v_map)];
         args.extend(self.rope_args(layer));
@@ -394,10 +396,7 @@ impl Forward {
             Int(self.window()),
             Float(self.scale()),
         ]);
-        let launch = attention.launch(rows.n_decode, rows.decode_blocks);
-        // Beside prefill attention nothing of its own stream is ahead.
-        let launch = Launch { dependent: rows.n_tiles == 0, ..launch };
-        attention.kernel().launch(stream, launch, &args)
+        args
     }
 
     fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {

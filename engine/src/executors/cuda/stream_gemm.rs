@@ -1,6 +1,8 @@
 //! [`StreamGemm`]: the products of steps of a few rows on Hopper, whose time is that of reading the weights
 //! (`kernels/stream_gemm_sm90.cu`).
 
+use std::collections::BTreeMap;
+
 use super::{
     buffers::StepBuffers,
     compile::{self, Variant},
@@ -17,23 +19,80 @@ use crate::{Error, decoder::DecoderSpec};
 const COLUMNS: [usize; 9] = [8, 16, 32, 48, 64, 96, 128, 192, 256];
 /// Most rows for which every product is faster here than in cuBLASLt on an H100 (docs/log.md); the gate and up
 /// projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to [`MAX_LOGITS_ROWS`].
-const MAX_ROWS: usize = 128;
+const MAX_ROWS: usize = 192;
 const MAX_LOGITS_ROWS: usize = 64;
-/// Rows of weights of a tile.
-const TILE_ROWS: usize = 128;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
 const RING_BYTES: usize = 208_000;
-const THREADS: u32 = 288;
-/// What the kernel does with its result: its macro OUTPUT.
-const OUTPUTS: [usize; 3] = [0, 1, 2];
-const BF16: usize = 0;
-const F32: usize = 1;
-const GATED: usize = 2;
+
+/// One compiled kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Shape {
+    /// What it does with its result: its macro OUTPUT.
+    output: usize,
+    /// Most rows of activations, one of [`COLUMNS`].
+    columns: usize,
+    /// Rows of weights of a tile.
+    tile_rows: usize,
+}
+
+impl Shape {
+    const BF16: usize = 0;
+    const F32: usize = 1;
+    const GATED: usize = 2;
+
+    /// For `product` with up to `columns` rows.
+    fn new(product: Product, columns: usize) -> Self {
+        let output = match product {
+            Product::Qkv => Self::BF16,
+            Product::O | Product::Down | Product::Logits => Self::F32,
+            Product::GateUp => Self::GATED,
+        };
+        Self { output, columns, tile_rows: tile_rows(product, columns) }
+    }
+
+    /// Dynamic shared memory.
+    fn shared_bytes(self) -> u32 {
+        let stage_bytes = (self.tile_rows + self.columns) * 128;
+        // The last warpgroup multiplies 64 rows, be they the tile's or what follows it.
+        let overrun = (self.tile_rows.next_multiple_of(64) * 128).saturating_sub(stage_bytes);
+        (1024 + RING_BYTES / stage_bytes * (stage_bytes + 16) + overrun) as u32
+    }
+
+    /// Threads of a block: a warpgroup for each 64 rows of a tile, and a warp that loads.
+    fn n_threads(self) -> u32 {
+        (self.tile_rows.div_ceil(64) * 128 + 32) as u32
+    }
+
+    fn variant(self) -> Variant {
+        let macros =
+            [("OUTPUT", self.output), ("BN", self.columns), ("TILE_ROWS", self.tile_rows), ("RING_BYTES", RING_BYTES)];
+        Variant::new(&compile::STREAM_GEMM_SM90, &macros)
+    }
+}
 
 /// The kernels, before there is anything to run them on.
 pub(super) struct StreamKernels {
-    /// For each of [`COLUMNS`], by output; those above [`MAX_ROWS`] have the gated one only.
-    kernels: Vec<[Option<Kernel>; 3]>,
+    kernels: BTreeMap<Shape, Kernel>,
+}
+
+/// All shapes that products take.
+fn shapes() -> impl Iterator<Item = Shape> {
+    let of = |product: Product| {
+        COLUMNS.into_iter().filter(move |&n| StreamGemm::takes(product, n)).map(move |n| Shape::new(product, n))
+    };
+    Product::ALL.into_iter().flat_map(of).collect::<std::collections::BTreeSet<_>>().into_iter()
+}
+
+/// Rows of weights of a tile. A multiprocessor takes in some 85 bytes a nanosecond, weights and activations alike: the more
+/// rows of activations there are, the more multiprocessors a product should be spread over, in equal shares
+/// (docs/log.md).
+fn tile_rows(product: Product, columns: usize) -> usize {
+    match (product, columns) {
+        (Product::Qkv, 96..=MAX_ROWS) => 48,
+        (Product::Qkv | Product::O | Product::Down, 32..=MAX_ROWS) => 64,
+        (Product::GateUp, ..=128) => 112,
+        _ => 128,
+    }
 }
 
 impl StreamKernels {
@@ -42,22 +101,16 @@ impl StreamKernels {
         if !gpu.is_hopper() {
             return Ok(None);
         }
-        let wanted: Vec<(usize, usize)> = COLUMNS
-            .iter()
-            .flat_map(|&n| OUTPUTS.map(|output| (n, output)))
-            .filter(|&(n, output)| n <= MAX_ROWS || output == GATED)
-            .collect();
-        let variant = |&(n, output): &(usize, usize)| {
-            Variant::new(&compile::STREAM_GEMM_SM90, &[("OUTPUT", output), ("BN", n), ("RING_BYTES", RING_BYTES)])
-        };
-        let cubins = compile::compile(&wanted.iter().map(variant).collect::<Vec<_>>(), &gpu.arch())?;
+        let shapes: Vec<Shape> = shapes().collect();
+        let variants: Vec<Variant> = shapes.iter().map(|shape| shape.variant()).collect();
+        let cubins = compile::compile(&variants, &gpu.arch())?;
         gpu.bind()?;
-        let mut kernels: Vec<[Option<Kernel>; 3]> = COLUMNS.map(|_| [const { None }; 3]).into();
-        for ((n, output), cubin) in wanted.into_iter().zip(&cubins) {
+        let load = |(shape, cubin): (Shape, &Vec<u8>)| {
             let [kernel] = Kernel::load(cubin, ["stream_gemm"])?;
-            kernel.allow_shared(shared_bytes(n))?;
-            kernels[columns_for(n, 1, 1)][output] = Some(kernel);
-        }
+            kernel.allow_shared(shape.shared_bytes())?;
+            Ok((shape, kernel))
+        };
+        let kernels = shapes.into_iter().zip(&cubins).map(load).collect::<Result<_, Error>>()?;
         Ok(Some(Self { kernels }))
     }
 }
@@ -73,12 +126,6 @@ fn columns_for(n: usize, n_w: usize, n_sms: usize) -> usize {
     (COLUMNS.len() - 2..COLUMNS.len()).rev().min_by_key(time).expect("two sizes")
 }
 
-/// Dynamic shared memory of the kernel for `columns` rows.
-fn shared_bytes(columns: usize) -> u32 {
-    let stage_bytes = (TILE_ROWS + columns) * 128;
-    (1024 + RING_BYTES / stage_bytes * (stage_bytes + 16)) as u32
-}
-
 /// Maps of the activations for one of [`COLUMNS`].
 struct ActivationMaps {
     h: TensorMap,
@@ -86,12 +133,15 @@ struct ActivationMaps {
     act: TensorMap,
 }
 
+/// Maps of one product's weights, by the rows of a tile.
+type WeightMaps = BTreeMap<usize, TensorMap>;
+
 /// Maps of a layer's weights.
 struct LayerMaps {
-    qkv: TensorMap,
-    o: TensorMap,
-    gate_up: TensorMap,
-    down: TensorMap,
+    qkv: WeightMaps,
+    o: WeightMaps,
+    gate_up: WeightMaps,
+    down: WeightMaps,
 }
 
 /// The products of one model.
@@ -100,7 +150,7 @@ pub(super) struct StreamGemm {
     /// For each of [`COLUMNS`].
     activations: Vec<ActivationMaps>,
     layers: Vec<LayerMaps>,
-    lm_head: TensorMap,
+    lm_head: WeightMaps,
     spec: DecoderSpec,
     n_sms: usize,
 }
@@ -126,13 +176,14 @@ impl StreamGemm {
                 act: map(&buffers.act, Product::Down)?,
             })
         });
-        let weights_map = |w: u64, product: Product| {
-            let (n_out, k) = product.size(spec);
-            if product == Product::GateUp {
-                TensorMap::of_gated_weights(w, n_out, k)
-            } else {
-                TensorMap::of_weights(w, n_out, k)
-            }
+        let weights_map = |w: u64, product: Product| -> Result<WeightMaps, Error> {
+            let size = product.size(spec);
+            let map = |rows| match product {
+                Product::GateUp => TensorMap::of_gated_weights(w, size, rows),
+                _ => TensorMap::of_weights(w, size, rows),
+            };
+            let n_columns = COLUMNS.into_iter().filter(|&n| Self::takes(product, n));
+            n_columns.map(|n| tile_rows(product, n)).map(|rows| Ok((rows, map(rows)?))).collect()
         };
         let layers = weights.layers.iter().map(|w| {
             Ok(LayerMaps {
@@ -176,28 +227,30 @@ impl StreamGemm {
         out: u64,
     ) -> Result<usize, Error> {
         let (n_out, k) = product.size(&self.spec);
-        let n_tiles = n_out.div_ceil(TILE_ROWS);
-        let columns = columns_for(n, n_tiles, self.n_sms);
+        // Prompts' tiles of weights are all alike.
+        let columns = columns_for(n, n_out.div_ceil(tile_rows(product, usize::MAX)), self.n_sms);
+        let shape = Shape::new(product, COLUMNS[columns]);
         let x = &self.activations[columns];
         let w = &self.layers[layer];
-        let (w, x, output) = match product {
-            Product::Qkv => (&w.qkv, &x.h, BF16),
-            Product::O => (&w.o, &x.attn_out, F32),
-            Product::GateUp => (&w.gate_up, &x.h, GATED),
-            Product::Down => (&w.down, &x.act, F32),
-            Product::Logits => (&self.lm_head, &x.h, F32),
+        let (w, x) = match product {
+            Product::Qkv => (&w.qkv, &x.h),
+            Product::O => (&w.o, &x.attn_out),
+            Product::GateUp => (&w.gate_up, &x.h),
+            Product::Down => (&w.down, &x.act),
+            Product::Logits => (&self.lm_head, &x.h),
         };
-        let kernel = self.kernels.kernels[columns][output].as_ref();
-        let kernel = kernel.ok_or_else(|| Error::Device(format!("no kernel for {product:?} of {n} rows")))?;
-        let k_blocks = k.div_ceil(64);
+        let missing = || Error::Device(format!("no kernel for {product:?} of {n} rows"));
+        let kernel = self.kernels.kernels.get(&shape).ok_or_else(missing)?;
+        let w = w.get(&shape.tile_rows).ok_or_else(missing)?;
+        let (n_tiles, k_blocks) = (n_out.div_ceil(shape.tile_rows), k.div_ceil(64));
         let split = match product {
-            Product::O | Product::Down => split(n_tiles, k_blocks, max_split(COLUMNS[columns]), self.n_sms),
+            Product::O | Product::Down => split(n_tiles, k_blocks, max_split(shape.columns), self.n_sms),
             _ => 1,
         };
         let launch = Launch {
-            grid: [split as u32, (n_tiles * n.div_ceil(COLUMNS[columns])).min(self.n_sms / split) as u32, 1],
-            block: THREADS,
-            shared_bytes: shared_bytes(COLUMNS[columns]),
+            grid: [split as u32, (n_tiles * n.div_ceil(shape.columns)).min(self.n_sms / split) as u32, 1],
+            block: shape.n_threads(),
+            shared_bytes: shape.shared_bytes(),
             dependent: true,
         };
         let args = [
@@ -238,7 +291,7 @@ mod tests {
 
     #[test]
     fn rings_fit_the_multiprocessor() {
-        assert!(COLUMNS.iter().all(|&n| shared_bytes(n) <= 227 << 10));
+        assert!(shapes().all(|shape| shape.shared_bytes() <= 227 << 10));
     }
 
     #[test]

@@ -8,8 +8,6 @@ use crate::Error;
 
 /// Columns of a box: the width of the 128-byte swizzle, in bf16.
 const BOX_COLUMNS: u32 = 64;
-/// Rows of a box of weights.
-const WEIGHT_ROWS: u32 = 128;
 
 /// Misses bring 256 bytes to the L2 cache: 3 to 4 % faster than 128 for weights that stream (docs/log.md).
 const WHOLE_LINES: sys::CUtensorMapL2promotion = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
@@ -32,15 +30,15 @@ impl TensorMap {
         Self::encode(x, &[k, n_rows], &[k], &[box_rows as u32], WHOLE_LINES)
     }
 
-    /// Weights at address `w`, bf16 `[n, k]`, in boxes of 128 rows.
-    pub(super) fn of_weights(w: u64, n: usize, k: usize) -> Result<Self, Error> {
-        Self::encode(w, &[k, n], &[k], &[WEIGHT_ROWS], WHOLE_LINES)
+    /// Weights at address `w`, bf16 `[n, k]`, in boxes of `box_rows` rows.
+    pub(super) fn of_weights(w: u64, (n, k): (usize, usize), box_rows: usize) -> Result<Self, Error> {
+        Self::encode(w, &[k, n], &[k], &[box_rows as u32], WHOLE_LINES)
     }
 
-    /// Gate and up weights at address `w`, bf16 `[n, k]`, in boxes of 128 rows: eight of gate, their eight of up, the
-    /// next eight of gate, ...; `n` is a multiple of 16.
-    pub(super) fn of_gated_weights(w: u64, n: usize, k: usize) -> Result<Self, Error> {
-        Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, WEIGHT_ROWS / 16], WHOLE_LINES)
+    /// Gate and up weights at address `w`, bf16 `[n, k]`, in boxes of `box_rows` rows: eight of gate, their eight of up,
+    /// the next eight of gate, ...; `n` and `box_rows` are multiples of 16.
+    pub(super) fn of_gated_weights(w: u64, (n, k): (usize, usize), box_rows: usize) -> Result<Self, Error> {
+        Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, box_rows as u32 / 16], WHOLE_LINES)
     }
 
     /// `dims` and `box_rows` from the innermost out, the box's columns left out; `strides` in elements.

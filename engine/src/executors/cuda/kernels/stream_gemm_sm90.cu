@@ -1,10 +1,12 @@
 // variant: bf16_16 OUTPUT=0 BN=16
 // variant: bf16_128 OUTPUT=0 BN=128
+// variant: bf16_128_narrow OUTPUT=0 BN=128 TILE_ROWS=64
 // variant: f32_8 OUTPUT=1 BN=8
 // variant: f32_96 OUTPUT=1 BN=96
 // variant: f32_128 OUTPUT=1 BN=128
 // variant: gated_16 OUTPUT=2 BN=16
 // variant: gated_128 OUTPUT=2 BN=128
+// variant: gated_128_narrow OUTPUT=2 BN=128 TILE_ROWS=112
 // variant: gated_256 OUTPUT=2 BN=256
 //
 // Products of a few rows of activations with large weights, for Hopper (sm_90a only): y[m, n] = sum_k x[m, k] W[n, k].
@@ -12,8 +14,8 @@
 // its first stages are filled before the kernel ahead has ended (programmatic dependent launch): the next weights
 // arrive while attention, norms and the tail of the product before still run.
 //
-//   w_map     W, bf16 [n_out, K]: box 64 columns x 128 rows. GATED: gate rows, then up rows, seen as
-//             [n_out / 16][2][8][K], box 64 x 8 x 2 x 8, so that a tile's rows are eight of gate, their eight of up, ...
+//   w_map     W, bf16 [n_out, K]: box 64 columns x TILE_ROWS rows. GATED: gate rows, then up rows, seen as
+//             [n_out / 16][2][8][K], box 64 x 8 x 2 x TILE_ROWS / 16, so that a tile's rows are eight of gate, their eight of up, ...
 //   x_map     x, bf16 [>= BN, K]: box 64 columns x BN rows. Both SWIZZLE_128B, zero fill out of bounds.
 //   out       OUTPUT 0: bf16 [n_rows, n_out]
 //             OUTPUT 1: float32 [split, n_rows, n_out]: each block's part of the sum over K
@@ -22,10 +24,11 @@
 //   n_rows    rows of x that count; more than BN of them, a prompt's, with OUTPUT 2 only
 //   k_blocks  ceil(K / 64)
 //
-// Grid: (split, blocks). Each block takes tiles of 128 rows of W and BN rows of x in turn; K is cut into `split` parts (1 unless
+// Grid: (split, blocks). Each block takes tiles of TILE_ROWS rows of W and BN rows of x in turn; K is cut into `split` parts (1 unless
 // OUTPUT 1), whose sums the next RMSNorm adds to the residual stream in order: results do not depend on timing. (Adding
 // them here through distributed shared memory was slower: clusters wait for neighbouring multiprocessors to be free.)
-// Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment) + STAGES * (STAGE_BYTES + 16).
+// Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment) + STAGES * (STAGE_BYTES + 16) + what the last
+// warpgroup's 64 rows go beyond a stage.
 //
 // The tensor cores take W as their 64 rows and the activations as columns, so a batch of 16 wastes nothing.
 
@@ -41,15 +44,18 @@
 #endif
 
 constexpr bool GATED = OUTPUT == 2;
-constexpr int N_CONSUMERS = 2;
+#ifndef TILE_ROWS
+#define TILE_ROWS 128  // rows of W of a tile, a multiple of 16 up to 256
+#endif
+constexpr int N_CONSUMERS = (TILE_ROWS + 63) / 64;
 constexpr int THREADS = N_CONSUMERS * 128 + 32;
-constexpr int TILE_ROWS = N_CONSUMERS * 64;
 constexpr int W_BYTES = TILE_ROWS * 128;
 constexpr int STAGE_BYTES = W_BYTES + BN * 128;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES;
 constexpr int GROUP_X = 8;  // tiles of x that blocks at work at one time share
 constexpr int BARRIER_OFFSET = STAGES * STAGE_BYTES;
 static_assert(BN % 8 == 0 && BN <= 256, "BN must be a multiple of 8 up to 256");
+static_assert(TILE_ROWS % 16 == 0 && TILE_ROWS <= 256, "TILE_ROWS must be a multiple of 16 up to 256");
 static_assert(STAGES >= 2, "the ring is too small");
 // Cache policies of createpolicy.fractional: weights pass once, activations are read by every block.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
@@ -78,7 +84,7 @@ template <int FIRST> DEVICE void wgmma_columns(float* d, unsigned w, unsigned x)
     }
 }
 
-// 128 rows of W from tile row `row` on.
+// A tile's rows of W, from row `row` on.
 DEVICE void load_weights(unsigned dst, const TensorMap* map, int k, int row, unsigned bar, u64 policy) {
     if constexpr (GATED)
         asm volatile(
@@ -134,8 +140,9 @@ DEVICE unsigned pair_rows(float first, float second, int odd) {
     return odd ? pack_bf16(got, second) : pack_bf16(first, got);
 }
 
-// From registers to global memory. row: of the result, this lane's first; width: of a row of the result.
-DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int width, int n_rows) {
+// From registers to global memory. row: of the result, this lane's first; end: of the tile's; width: of a row of the
+// result.
+DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int end, int width, int n_rows) {
     const int lane = threadIdx.x % 32, t = lane % 4, odd = lane / 4 % 2;
     constexpr bool PAIRS = OUTPUT != 1;
     // One pointer that walks: addresses of all columns at once would not fit beside the accumulators.
@@ -146,18 +153,18 @@ DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int width
         const int column = 8 * j + 2 * t;
         if constexpr (GATED) {
             const unsigned pair = pair_rows(silu(v[0]) * v[2], silu(v[1]) * v[3], odd);
-            if (column + odd < n_rows && row < width) *(unsigned*)((bf16*)out + at) = pair;
+            if (column + odd < n_rows && row < end) *(unsigned*)((bf16*)out + at) = pair;
         } else if constexpr (PAIRS) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const unsigned pair = pair_rows(v[2 * h], v[2 * h + 1], odd);
-                if (column + odd < n_rows && row + 8 * h < width) *(unsigned*)((bf16*)out + at + 8 * h) = pair;
+                if (column + odd < n_rows && row + 8 * h < end) *(unsigned*)((bf16*)out + at + 8 * h) = pair;
             }
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float* to = (float*)out + at + (i % 2 ? width : 0) + i / 2 * 8;
-                if (column + i % 2 < n_rows && row + i / 2 * 8 < width) *to = v[i];
+                if (column + i % 2 < n_rows && row + i / 2 * 8 < end) *to = v[i];
             }
         }
         asm volatile("" : "+l"(at));
@@ -243,7 +250,8 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
             const int row = w_row + warp * 16, width = GATED ? n_out / 2 : n_out;
             // GATED: 16 rows of W are 8 of the result.
             void* rows = GATED ? (bf16*)out + (long long)x_row * width : out;
-            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, width, n_rows - x_row);
+            const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
+            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
         }
     }
 }
