@@ -34,7 +34,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         let head = ChunkHead { id: &id, object: "chat.completion.chunk", created, model: &model };
         let frames = ChatFrames {
             app: app.clone(),
-            n_top_logprobs: params.logprobs.map(|n| n as usize),
+            n_top_logprobs: logprobs::n_shown(&params),
             tokens_as_ids: fields.return_tokens_as_token_ids == Some(true),
             return_token_ids: fields.return_token_ids == Some(true),
             prompt_text,
@@ -108,7 +108,7 @@ async fn whole(
         ChatChoice {
             index: delta.index,
             message,
-            logprobs: params.logprobs.map(|n_top| logprobs::chat(names, &delta.logprobs, n_top as usize)),
+            logprobs: logprobs::n_shown(params).map(|n_top| logprobs::chat(names, &delta.logprobs, n_top)),
             finish_reason: reason,
             stop_reason: stop_reason.flatten().map(wire_stop_reason),
             token_ids: return_token_ids.then_some(delta.token_ids),

@@ -32,7 +32,7 @@ use hyper::{Method, Response, http::request::Parts};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
-    ApiError,
+    ApiError, Task,
     app::{App, Body},
 };
 
@@ -60,6 +60,8 @@ pub struct Route {
     pub methods: &'static [Method],
     /// Whether its requests count in the HTTP metrics; probes do not.
     pub is_measured: bool,
+    /// What the model must be for, and the endpoint's name in the error if it is not.
+    pub needs: Option<(Task, &'static str)>,
     /// What it does, in one line.
     pub summary: &'static str,
     /// Schemas of the JSON body that it needs; several together make it up. Empty for one that takes no body.
@@ -105,6 +107,7 @@ pub const ROUTES: &[Route] = &[
         path: "/detokenize",
         methods: POST,
         is_measured: true,
+        needs: None,
         summary: "Token ids to text.",
         request: &[schema::<DetokenizeFields>()],
         answer: AnswerBody::Json(schema::<Detokenized>()),
@@ -133,6 +136,7 @@ pub const ROUTES: &[Route] = &[
         path: "/tokenize",
         methods: POST,
         is_measured: true,
+        needs: None,
         summary: "A text or a conversation to token ids.",
         request: &[schema::<TokenizeFields>()],
         answer: AnswerBody::Json(schema::<Tokenized>()),
@@ -142,6 +146,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/chat/completions",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Chat Completions API")),
         summary: "Answers a conversation.",
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
@@ -151,6 +156,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/completions",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Completions API")),
         summary: "Continues prompts.",
         request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
@@ -160,6 +166,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/embeddings",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Embeddings API")),
         summary: "Vectors of texts, by an embedding model.",
         request: &[schema::<EmbeddingFields>()],
         answer: AnswerBody::Json(schema::<EmbeddingList>()),
@@ -169,6 +176,7 @@ pub const ROUTES: &[Route] = &[
         path: MESSAGES,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Messages API")),
         summary: "Answers a conversation in Anthropic's shape.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Message>(), schema::<MessageEvent>()),
@@ -178,6 +186,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/messages/count_tokens",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Messages API")),
         summary: "Counts a conversation's tokens.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::Json(schema::<TokenCount>()),
@@ -187,6 +196,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/models",
         methods: GET,
         is_measured: true,
+        needs: None,
         summary: "The served names.",
         request: &[],
         answer: AnswerBody::Json(schema::<ModelList>()),
@@ -197,6 +207,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/responses",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Responses API")),
         summary: "Answers a conversation in OpenAI's newer shape.",
         request: &[schema::<SamplingFields>(), schema::<ResponsesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ModelResponse>(), schema::<ResponseEvent>()),
@@ -214,6 +225,7 @@ const fn score(path: &'static str) -> Route {
         path,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Score API")),
         summary: "How near pairs of texts are, by an embedding model.",
         request: const { &[schema::<ScoreFields>()] },
         answer: AnswerBody::Json(schema::<ScoreList>()),
@@ -226,6 +238,7 @@ const fn rerank(path: &'static str) -> Route {
         path,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Rerank API")),
         summary: "Documents in the order of their nearness to a query, by an embedding model.",
         request: const { &[schema::<RerankFields>()] },
         answer: AnswerBody::Json(schema::<Ranking>()),
@@ -240,7 +253,7 @@ const fn probe(
     answer: AnswerBody,
     handler: fn(Arc<App>, Call) -> Answer,
 ) -> Route {
-    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
+    Route { path, methods, is_measured: false, needs: None, summary, request: &[], answer, handler }
 }
 
 /// The answer to a request to `path` that failed, whether there is such an endpoint or not.

@@ -1,6 +1,7 @@
 //! What is accepted, what is refused and how: field, value, status, part of the message, param.
 //! One table a file; all are asked of a running server over its socket.
 
+mod abilities;
 mod chat;
 mod completions;
 mod embeddings;
@@ -10,9 +11,9 @@ mod responses;
 mod sampling;
 mod tokens;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use ember_server::{config::AppConfig, listener};
+use ember_server::{App, config::AppConfig, listener};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -54,11 +55,15 @@ struct Server {
 
 impl Server {
     async fn start(config: AppConfig) -> Self {
+        Self::over(app(config).0).await
+    }
+
+    async fn over(app: Arc<App>) -> Self {
         let listener = listener::bind("127.0.0.1", 0).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
         let stopped = async { drop(stopped.await) };
-        let serving = listener::serve(listener, app(config).0, stopped, std::future::pending(), Duration::from_secs(1));
+        let serving = listener::serve(listener, app, stopped, std::future::pending(), Duration::from_secs(1));
         tokio::spawn(serving);
         Self { address, _stop: stop }
     }
