@@ -174,11 +174,7 @@ impl App {
     where
         B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        if let Some((task, name)) = route.needs
-            && !self.backend.does(task)
-        {
-            return Err(ApiError::not_implemented(format!("The model does not support {name}")));
-        }
+        route.check_needs(self)?;
         let body = if route.takes_json() {
             check_content_type(&parts.headers)?;
             read_body(body).await?

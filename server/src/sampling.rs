@@ -215,7 +215,11 @@ fn check_stream(fields: &SamplingFields) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
+/// Checks a request's `cache_salt`.
+///
+/// # Errors
+/// Status 400 for one that is not allowed.
+pub fn check_cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
     let is_valid = |salt: &str| {
         (1..=MAX_CACHE_SALT_CHARS).contains(&salt.chars().count()) && !salt.contains(['@', '/', '\\', '\0'])
     };

@@ -197,7 +197,7 @@ fn decoder_gguf(folder: &Path, (name, pooling_type): (&str, u32)) -> GgufWriter 
         w.u32(&format!("{name}.{key}"), value as u32);
     }
     w.f32(&format!("{name}.attention.layer_norm_rms_epsilon"), spec.norm_eps);
-    w.f32(&format!("{name}.rope.freq_base"), spec.rope.theta as f32);
+    w.f32(&format!("{name}.rope.freq_base"), spec.rope.theta);
     w.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", "qwen2");
     w.strings("tokenizer.ggml.tokens", &["a", "</s>"]).i32s("tokenizer.ggml.token_type", &[1, 3]);
     w.strings("tokenizer.ggml.merges", &[]).u32("tokenizer.ggml.eos_token_id", 1);

@@ -108,7 +108,8 @@ impl EmbeddingEngine {
     /// of other calls.
     ///
     /// # Errors
-    /// [`Error::InvalidRequest`] about `input` if a text is empty, too long or has an id past the vocabulary;
+    /// [`Error::InvalidRequest`] about `input` if a text is empty or has an id past the vocabulary, about `input_tokens` if
+    /// it is too long;
     /// [`Error::Device`] and [`Error::Stopped`] if the device fails or has failed.
     pub fn embed(&self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
         let EmbeddingInfo { vocab_size, max_model_len, .. } = self.info;
@@ -118,11 +119,11 @@ impl EmbeddingEngine {
             }
             if text.len() > max_model_len {
                 let message = format!(
-                    "This model's maximum context length is {max_model_len} tokens, but a text has {}. Shorten it, or \
-                     set truncate_prompt_tokens.",
+                    "This model's maximum context length is {max_model_len} tokens. However, your prompt contains {} \
+                     input tokens. Please shorten it, or set truncate_prompt_tokens.",
                     text.len()
                 );
-                return Err(Error::invalid("input", message));
+                return Err(Error::invalid("input_tokens", message));
             }
             if let Some(id) = text.iter().find(|&&id| id as usize >= vocab_size) {
                 return Err(Error::invalid("input", format!("Token id {id} is out of vocabulary.")));

@@ -12,6 +12,8 @@ use crate::{
     embedding_encoding::EmbeddingEncoding,
     json,
     prompt::{self, PromptTokens, TextEncoding, check_vocabulary},
+    request_id,
+    sampling::check_cache_salt,
 };
 
 /// Most texts of a request.
@@ -30,6 +32,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             return Err(ApiError::unsupported(field));
         }
     }
+    check_cache_salt(fields.cache_salt.as_deref())?;
     let encoding = EmbeddingEncoding::of(&fields)?;
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, fields.truncation_side.as_deref())?;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
@@ -57,7 +60,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     }
     let data = vectors.into_iter().enumerate();
     json::response(&EmbeddingList {
-        id: format!("embd-{}", uuid::Uuid::new_v4().simple()),
+        id: format!("embd-{}", request_id::resolve(&call.parts.headers, fields.request_id.as_deref())),
         object: "list",
         created: app.now(),
         model,
@@ -82,13 +85,15 @@ pub(super) fn check_documents(n: usize) -> Result<(), ApiError> {
     }
 }
 
-/// The vectors of `texts` with the model's special tokens, and how many tokens they have.
-pub(super) async fn embed_texts(
+/// The vectors of queries and documents with the model's special tokens, in this order, and how many tokens they have.
+pub(super) async fn embed_pairs(
     app: &Arc<App>,
-    texts: Vec<String>,
-    truncation: Truncation,
+    (queries, of_queries): (Vec<String>, Truncation),
+    (documents, of_documents): (Vec<String>, Truncation),
 ) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
-    embed(app.clone(), truncation.encode(app, texts, true).await?).await
+    let mut texts = of_queries.encode(app, queries, true).await?;
+    texts.extend(of_documents.encode(app, documents, true).await?);
+    embed(app.clone(), texts).await
 }
 
 /// How long texts are cut.
@@ -104,6 +109,20 @@ impl Truncation {
         let most = app.backend.info().max_model_len;
         let keep = n.map(|asked| prompt::kept_tokens(app, asked, most)).transpose()?;
         Ok(Self { keep, keeps_end: prompt::keeps_end(side, false)? })
+    }
+
+    /// The same, but for texts of `n` tokens of their own at most; 0 sets no limit. `param` is the field's name.
+    pub(super) fn and_at_most(self, app: &App, param: &'static str, n: Option<i64>) -> Result<Self, ApiError> {
+        let max_model_len = app.backend.info().max_model_len;
+        match usize::try_from(n.unwrap_or(0)) {
+            Ok(0) => Ok(self),
+            Ok(n) if n <= max_model_len => {
+                let (before, after) = app.backend.n_added_tokens();
+                let most = n + before + after;
+                Ok(Self { keep: Some(self.keep.map_or(most, |keep| keep.min(most))), ..self })
+            }
+            _ => Err(ApiError::invalid(param, format!("{param} must be between 0 and max_model_len={max_model_len}."))),
+        }
     }
 
     /// Texts as token ids, cut.

@@ -5,6 +5,7 @@ mod completions;
 mod detokenize;
 mod embeddings;
 mod health;
+mod invocations;
 mod load;
 mod messages;
 mod metrics;
@@ -90,6 +91,19 @@ pub enum AnswerBody {
 }
 
 impl Route {
+    /// Checks that the model can serve it.
+    ///
+    /// # Errors
+    /// Status 501.
+    pub(crate) fn check_needs(&self, app: &App) -> Result<(), ApiError> {
+        match self.needs {
+            Some((task, name)) if !app.backend.does(task) => {
+                Err(ApiError::not_implemented(format!("The model does not support {name}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it needs `Content-Type: application/json` and a body.
     pub fn takes_json(&self) -> bool {
         !self.request.is_empty()
@@ -116,6 +130,16 @@ pub const ROUTES: &[Route] = &[
     probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
         Box::pin(health::answer(app))
     }),
+    Route {
+        path: "/invocations",
+        methods: POST,
+        is_measured: true,
+        needs: None,
+        summary: "What the endpoint for a body of this shape answers, for SageMaker.",
+        request: &[schema::<serde_json::Map<String, serde_json::Value>>()],
+        answer: AnswerBody::Json(schema::<serde_json::Value>()),
+        handler: |app, call| Box::pin(invocations::answer(app, call)),
+    },
     probe(
         "/load",
         GET,

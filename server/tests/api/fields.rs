@@ -131,6 +131,12 @@ async fn cut_texts_keep_what_the_tokenizer_added() {
         assert_eq!(status, 200, "{text}");
         assert_eq!(parsed(&text)["data"][0]["embedding"], json!(expected), "{side}");
     }
+    // One token of the text, beside the one before it: a vector of 2, 98 and 1 for each but the query.
+    let body = json!({"query": "a", "documents": ["bcd", "bxy"], "max_tokens_per_doc": 1});
+    let (_, text) = ask("/rerank", &body).await;
+    let answer = parsed(&text);
+    assert_eq!(answer["usage"]["prompt_tokens"], 6);
+    assert_eq!(answer["results"][0]["relevance_score"], answer["results"][1]["relevance_score"]);
     let body = json!({"prompt": "abcd", "truncate_prompt_tokens": 3, "return_token_ids": true, "max_tokens": 1});
     let (_, text) = ask("/v1/completions", &body).await;
     assert_eq!(parsed(&text)["choices"][0]["prompt_token_ids"], json!([256, 99, 100]));

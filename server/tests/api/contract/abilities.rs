@@ -25,6 +25,13 @@ fn cases() -> Vec<(&'static str, Value, u16, u16, &'static str)> {
         ("/tokenize", json!({"prompt": "x"}), 200, 200, ""),
         ("/detokenize", json!({"tokens": [65]}), 200, 200, ""),
         ("/ping", json!({}), 200, 200, ""),
+        // By the body's shape.
+        ("/invocations", json!({"messages": messages}), 200, 501, "Chat Completions API"),
+        ("/invocations", json!({"prompt": "x"}), 200, 501, "Completions API"),
+        ("/invocations", json!({"input": ["x"]}), 501, 200, "Embeddings API"),
+        ("/invocations", json!({"text_1": "x", "text_2": "y"}), 501, 200, "Score API"),
+        ("/invocations", json!({"query": "x", "documents": ["y"]}), 501, 200, "Rerank API"),
+        ("/invocations", json!({"x": 1}), 400, 400, ""),
         // Whatever the body: the model could not answer any.
         ("/v1/chat/completions", json!({"messages": 5}), 400, 501, "Chat Completions API"),
         ("/v1/embeddings", json!({"input": 5}), 501, 400, "Embeddings API"),
@@ -53,5 +60,18 @@ async fn endpoints_that_the_model_cannot_serve_say_so() {
             };
             assert_eq!(answer, expected, "{path}");
         }
+    }
+}
+
+#[tokio::test]
+async fn the_document_has_what_the_model_serves() {
+    for (task, served, other) in [
+        (Task::Generate, "/v1/chat/completions", "/v1/embeddings"),
+        (Task::Embed, "/v1/embeddings", "/v1/chat/completions"),
+    ] {
+        let (_, text) = Server::over(app_for(task, config())).await.exchange("GET /openapi.json", b"").await;
+        let document: Value = serde_json::from_str(&text).expect("JSON");
+        let paths = document["paths"].as_object().expect("paths");
+        assert!(paths.contains_key(served) && paths.contains_key("/tokenize") && !paths.contains_key(other), "{text}");
     }
 }

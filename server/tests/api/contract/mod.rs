@@ -27,6 +27,7 @@ const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const SCORE: &str = "/score";
 const TOKENIZE: &str = "/tokenize";
 const DETOKENIZE: &str = "/detokenize";
 
@@ -42,6 +43,7 @@ fn body(path: &str) -> Value {
     match path {
         CHAT => json!({"messages": [{"role": "user", "content": "x"}]}),
         RESPONSES | EMBEDDINGS => json!({"input": "x"}),
+        SCORE => json!({"queries": "x", "documents": ["y"]}),
         DETOKENIZE => json!({"tokens": [65]}),
         _ => json!({"prompt": "x"}),
     }
@@ -123,6 +125,7 @@ fn tables() -> Vec<(&'static str, Vec<Case>)> {
         (COMPLETIONS, completions::cases()),
         (RESPONSES, responses::cases()),
         (EMBEDDINGS, embeddings::cases()),
+        (SCORE, embeddings::score()),
         (TOKENIZE, tokens::tokenize()),
         (DETOKENIZE, tokens::detokenize()),
     ]
