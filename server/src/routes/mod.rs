@@ -1,5 +1,6 @@
 //! The table of endpoints. One file per endpoint, one row here.
 
+mod chat_batch;
 mod chat_completions;
 mod completions;
 mod detokenize;
@@ -175,6 +176,16 @@ pub const ROUTES: &[Route] = &[
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
         handler: |app, call| Box::pin(chat_completions::answer(app, call)),
+    },
+    Route {
+        path: "/v1/chat/completions/batch",
+        methods: POST,
+        is_measured: true,
+        needs: Some((Task::Generate, "Chat Completions API")),
+        summary: "Answers several conversations, one choice for each; `messages` is a list of them.",
+        request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
+        answer: AnswerBody::Json(schema::<ChatCompletion>()),
+        handler: |app, call| Box::pin(chat_batch::answer(app, call)),
     },
     Route {
         path: "/v1/completions",

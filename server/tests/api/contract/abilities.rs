@@ -12,6 +12,7 @@ fn cases() -> Vec<(&'static str, Value, u16, u16, &'static str)> {
     let pair = json!({"query": "x", "documents": ["y"], "queries": "x"});
     vec![
         ("/v1/chat/completions", json!({"messages": messages}), 200, 501, "Chat Completions API"),
+        ("/v1/chat/completions/batch", json!({"messages": [messages]}), 200, 501, "Chat Completions API"),
         ("/v1/completions", json!({"prompt": "x"}), 200, 501, "Completions API"),
         ("/v1/responses", json!({"input": "x"}), 200, 501, "Responses API"),
         ("/v1/messages", json!({"messages": messages, "max_tokens": 1}), 200, 501, "Messages API"),

@@ -2,6 +2,7 @@
 //! One table a file; all are asked of a running server over its socket.
 
 mod abilities;
+mod batch;
 mod chat;
 mod completions;
 mod embeddings;
@@ -42,6 +43,7 @@ fn nested(depth: usize) -> Value {
 fn body(path: &str) -> Value {
     match path {
         CHAT => json!({"messages": [{"role": "user", "content": "x"}]}),
+        batch::PATH => json!({"messages": [[{"role": "user", "content": "x"}]]}),
         RESPONSES | EMBEDDINGS => json!({"input": "x"}),
         SCORE => json!({"queries": "x", "documents": ["y"]}),
         DETOKENIZE => json!({"tokens": [65]}),
@@ -122,6 +124,7 @@ fn tables() -> Vec<(&'static str, Vec<Case>)> {
         (CHAT, output_form::cases()),
         (COMPLETIONS, output_form::cases()),
         (CHAT, chat::cases()),
+        (batch::PATH, batch::cases()),
         (COMPLETIONS, completions::cases()),
         (RESPONSES, responses::cases()),
         (EMBEDDINGS, embeddings::cases()),
