@@ -43,6 +43,7 @@ pub mod sequence;
 mod serving;
 pub mod step;
 pub mod text;
+mod thinking;
 pub mod weights;
 
 pub use config::{DTypeChoice, DeviceChoice, EngineConfig, KvCacheDType, LoadFormat, Quantization, SchedulingPolicy};
@@ -54,3 +55,4 @@ pub use repetition::RepetitionDetection;
 pub use request::{
     Delta, Event, Finish, GenerateRequest, Output, Prompt, PromptEvent, SamplingParams, StopReason, TokenLogprobs,
 };
+pub use thinking::ThinkingBudget;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ember_common::FinishReason;
 
-use crate::{Error, RepetitionDetection, StructuredOutputs};
+use crate::{Error, RepetitionDetection, StructuredOutputs, ThinkingBudget};
 
 /// A prompt, as text or as token ids that bypass the tokenizer.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,10 +83,14 @@ pub struct SamplingParams {
     pub min_tokens: u32,
     /// End an output that goes round in circles.
     pub repetition_detection: Option<RepetitionDetection>,
+    /// End reasoning that takes too long.
+    pub thinking_budget: Option<ThinkingBudget>,
     /// Most output tokens; `None` means up to the context's end. Clamped to the context.
     pub max_tokens: Option<u32>,
     /// Log-probabilities of the sampled token and of this many best ones (`Some(0)`: sampled only).
     pub logprobs: Option<u32>,
+    /// With `logprobs`: log-probabilities of these tokens in place of the best ones'.
+    pub logprob_token_ids: Vec<u32>,
     /// The same for each prompt token.
     pub prompt_logprobs: Option<u32>,
     /// Leave special tokens out of the text.
@@ -115,8 +119,10 @@ impl Default for SamplingParams {
             ignore_eos: false,
             min_tokens: 0,
             repetition_detection: None,
+            thinking_budget: None,
             max_tokens: None,
             logprobs: None,
+            logprob_token_ids: Vec::new(),
             prompt_logprobs: None,
             skip_special_tokens: true,
         }
@@ -124,6 +130,8 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Most [`SamplingParams::logprob_token_ids`].
+    pub const MAX_LOGPROB_TOKEN_IDS: usize = 128;
     /// Below this temperature sampling is greedy (vLLM's `_SAMPLING_EPS`).
     pub const GREEDY_BELOW: f32 = 1e-5;
 
@@ -135,6 +143,12 @@ impl SamplingParams {
     /// Whether any penalty needs the tokens seen so far.
     pub fn has_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    }
+
+    /// How many tokens there are log-probabilities of at each position of the output, beside the sampled one; `None`
+    /// for none at all.
+    pub fn n_logprobs(&self) -> Option<usize> {
+        self.logprobs.map(|n| if self.logprob_token_ids.is_empty() { n as usize } else { self.logprob_token_ids.len() })
     }
 
     /// Checks every range against `vocab_size` token ids.
@@ -200,6 +214,17 @@ impl SamplingParams {
             }
             in_vocab("allowed_token_ids", Box::new(allowed.iter().copied()))?;
         }
+        in_vocab("logprob_token_ids", Box::new(self.logprob_token_ids.iter().copied()))?;
+        if self.logprob_token_ids.len() > Self::MAX_LOGPROB_TOKEN_IDS {
+            let (most, n) = (Self::MAX_LOGPROB_TOKEN_IDS, self.logprob_token_ids.len());
+            return Err(Error::invalid(
+                "logprob_token_ids",
+                format!("logprob_token_ids has {n} ids; at most {most} are allowed."),
+            ));
+        }
+        if self.logprobs.is_none() && !self.logprob_token_ids.is_empty() {
+            return Err(Error::invalid("logprob_token_ids", "logprob_token_ids needs `logprobs`."));
+        }
         if self.bad_words.iter().any(|word| word.trim().is_empty()) {
             return Err(Error::invalid("bad_words", "bad_words cannot contain an empty string."));
         }
@@ -216,7 +241,8 @@ pub struct TokenLogprobs {
     pub logprob: f32,
     /// Its 1-based rank in the vocabulary.
     pub rank: u32,
-    /// The best tokens and their log-probabilities, best first; as many as asked for.
+    /// The best tokens and their log-probabilities, best first; as many as asked for. With
+    /// [`SamplingParams::logprob_token_ids`] those, in their order.
     pub top: Vec<(u32, f32)>,
 }
 

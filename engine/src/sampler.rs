@@ -17,7 +17,10 @@ use crate::{
 pub fn sample_row(logits: &mut [f32], row: &SampleRow) -> SampledToken {
     let params = &*row.params;
     let raw = params.logprobs.map(|n_top| (LogSoftmax::new(logits), n_top));
-    let raw_top = raw.as_ref().map(|(softmax, n_top)| (*softmax, top_n(logits, *n_top as usize)));
+    let raw_top = raw.as_ref().map(|(softmax, n_top)| match params.logprob_token_ids.as_slice() {
+        [] => (*softmax, top_n(logits, *n_top as usize)),
+        ids => (*softmax, ids.to_vec()),
+    });
     let raw_logits = raw.is_some().then(|| logits.to_vec());
 
     if let Some(history) = &row.history {
@@ -341,6 +344,25 @@ mod tests {
         assert!((got.logprob - 0.2f32.ln()).abs() < 1e-5);
         assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 2]);
     }
+
+    #[test]
+    fn logprobs_of_chosen_tokens_come_in_their_order() {
+        let params = SamplingParams {
+            temperature: 0.0,
+            allowed_token_ids: Some(vec![2]),
+            logprobs: Some(1),
+            logprob_token_ids: vec![0, 2],
+            ..Default::default()
+        };
+        let logits: Vec<f32> = [0.2f32, 0.5, 0.3].iter().map(|p| p.ln()).collect();
+        let got = sample_row(&mut logits.clone(), &row(params)).logprobs.expect("asked for");
+        assert_eq!((got.token_id, got.rank), (2, 2));
+        assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [0, 2]);
+        for ((_, logprob), expected) in got.top.iter().zip([0.2f32, 0.3]) {
+            assert!((logprob - expected.ln()).abs() < 1e-5);
+        }
+    }
+
     #[test]
     fn a_grammar_outranks_bans_that_leave_nothing() {
         use crate::{OutputForm, grammar::GrammarCompiler, text::Tokenizer};

@@ -6,7 +6,7 @@ use ember_common::FinishReason;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{request::SamplingParams, step::SampledToken};
+use crate::{ThinkingBudget, request::SamplingParams, step::SampledToken};
 
 const EOS: u32 = 1;
 
@@ -312,6 +312,36 @@ fn a_grammar_waits_for_each_token_and_ends_its_sequence() {
     let step = scheduler.plan().expect("work");
     let progress = scheduler.complete(run(&step, |_, _| u32::from(b'x')));
     assert!(progress[0].grammar_error.is_some() && scheduler.is_idle());
+}
+
+#[test]
+fn a_thinking_budget_forces_its_end_and_waits_only_near_it() {
+    let budget = ThinkingBudget { n_tokens: 3, start: vec![60], end: vec![61, 62], begins_inside: false };
+    let params = SamplingParams { thinking_budget: Some(budget), max_tokens: Some(8), ..Default::default() };
+    let mut scheduler = Scheduler::new(config(16));
+    scheduler.add(NewSequence { params: Arc::new(params), ..sequence([10, 60], 8) });
+    let mut forced = Vec::new();
+    let mut runs_ahead = Vec::new();
+    let mut steps = std::collections::VecDeque::new();
+    steps.extend(scheduler.plan());
+    while let Some(step) = steps.pop_front() {
+        let ahead = scheduler.plan();
+        runs_ahead.push(ahead.is_some());
+        steps.extend(ahead);
+        let mask = step.samples[0].banned.as_ref().and_then(|banned| banned.mask.clone());
+        let only = mask.map(|mask| (0..100).filter(|&id| mask.allows(id)).collect::<Vec<u32>>());
+        let token = only.as_ref().map_or(50, |only| only[0]);
+        forced.push(only);
+        scheduler.complete(run(&step, |_, _| token));
+        if steps.is_empty() {
+            steps.extend(scheduler.plan());
+        }
+    }
+    let [end, rest] = [61, 62].map(|id| Some(vec![id]));
+    assert_eq!(forced, [None, None, None, end, rest, None, None, None]);
+    // The step that decides whether the budget is used up, those of the end, and the last run by themselves.
+    assert_eq!(runs_ahead, [true, true, false, false, false, true, true, false]);
+    assert!(scheduler.is_idle());
 }
 
 #[test]

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use ember_common::FinishReason;
 
 use crate::{
-    grammar::Grammar,
+    grammar::{Grammar, TokenMask},
     kv_pool::BlockTable,
     request::{SamplingParams, TokenLogprobs},
     step::Banned,
+    thinking::Thinking,
 };
 
 /// Unique for the life of an engine.
@@ -70,6 +71,7 @@ pub struct Sequence {
     /// Set once the grammar has failed; the sequence ends with it.
     pub(crate) grammar_error: Option<String>,
     banned_until_min_tokens: Option<Arc<[u32]>>,
+    thinking: Option<Thinking>,
 }
 
 impl Sequence {
@@ -79,6 +81,7 @@ impl Sequence {
             stop_ids.extend_from_slice(&new.eos_token_ids);
         }
         let banned = (new.params.min_tokens > 0 && !stop_ids.is_empty()).then(|| stop_ids.into());
+        let thinking = new.params.thinking_budget.clone().map(|budget| Thinking::new(budget, &new.prompt));
         Self {
             tokens: new.prompt.to_vec(),
             new,
@@ -91,6 +94,7 @@ impl Sequence {
             prompt_logprobs: Vec::new(),
             grammar_error: None,
             banned_until_min_tokens: banned,
+            thinking,
         }
     }
 
@@ -121,17 +125,26 @@ impl Sequence {
 
     /// Whether which tokens are banned depends on the one before.
     fn needs_known_tokens(&self) -> bool {
-        self.new.grammar.is_some() || self.new.bad_words.iter().any(|word| word.len() > 1)
+        self.new.grammar.is_some()
+            || self.new.bad_words.iter().any(|word| word.len() > 1)
+            || self.thinking.as_ref().is_some_and(|thinking| thinking.depends_on_next(self.n_in_flight))
     }
 
     /// What must not be sampled for output token number `n_output`.
     pub(crate) fn banned(&self) -> Option<Banned> {
         let is_early = self.n_output() < self.new.params.min_tokens as usize;
         let until_min_tokens = self.banned_until_min_tokens.as_ref().filter(|_| is_early);
-        let mask = self.new.grammar.as_ref().map(|grammar| Arc::new(grammar.mask()));
+        let mask = match self.thinking.as_ref().and_then(Thinking::forced) {
+            Some(id) => Some(Arc::new(TokenMask::only(id))),
+            None => self.new.grammar.as_ref().map(|grammar| Arc::new(grammar.mask())),
+        };
         if self.new.bad_words.is_empty() {
             let ids = until_min_tokens.cloned();
-            return (ids.is_some() || mask.is_some()).then(|| Banned { ids: ids.unwrap_or_default(), mask });
+            // An empty list sends the row to the host's sampler, wherever it runs: only that one knows log-probabilities
+            // of chosen tokens.
+            let is_for_host = !self.new.params.logprob_token_ids.is_empty();
+            return (ids.is_some() || mask.is_some() || is_for_host)
+                .then(|| Banned { ids: ids.unwrap_or_default(), mask });
         }
         let output = &self.tokens[self.new.prompt.len()..];
         let ends = self.new.bad_words.iter().filter_map(|word| {
@@ -148,6 +161,9 @@ impl Sequence {
     pub(crate) fn push(&mut self, token: u32) -> Option<SequenceEnd> {
         self.tokens.push(token);
         self.n_in_flight = self.n_in_flight.saturating_sub(1);
+        if let Some(thinking) = &mut self.thinking {
+            thinking.push(&self.tokens[self.new.prompt.len()..]);
+        }
         let is_complete = match self.new.grammar.as_ref().map(|grammar| grammar.push(token)) {
             None => false,
             Some(Ok(is_complete)) => is_complete,

@@ -6,7 +6,8 @@ mod oracle;
 use std::path::PathBuf;
 
 use ember_engine::{
-    DeviceChoice, Engine, EngineConfig, GenerateRequest, LoadFormat, Output, SamplingParams, models::Model,
+    DeviceChoice, Engine, EngineConfig, GenerateRequest, LoadFormat, Output, SamplingParams, ThinkingBudget,
+    models::Model,
 };
 use oracle::Oracle;
 
@@ -112,6 +113,48 @@ fn neither_batching_nor_caching_nor_preemption_changes_the_ids() {
     let preempted = token_ids(&engine.generate(PROMPTS, &greedy()).expect("generates"));
     assert!(engine.stats().n_preemptions > 0, "the test preempts nothing");
     assert_eq!(alone, preempted, "after preemption");
+}
+
+#[test]
+fn log_probabilities_of_chosen_tokens_are_those_of_the_best_of_all() {
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let all = SamplingParams { logprobs: Some(20), ..greedy() };
+    let all = engine.generate([PROMPTS[0]], &all).expect("generates").remove(0);
+    // The 20th, the first and the 10th of the first position, whose order stays.
+    let chosen = [19, 0, 9].map(|rank: usize| all.logprobs[0].top[rank]);
+    let ids: Vec<u32> = chosen.iter().map(|&(id, _)| id).collect();
+    let params = SamplingParams { logprobs: Some(0), logprob_token_ids: ids.clone(), ..greedy() };
+    let outputs = engine.generate([PROMPTS[0], PROMPTS[1]], &params).expect("generates");
+    assert_eq!(outputs[0].token_ids, all.token_ids);
+    assert_eq!(outputs[0].logprobs[0].top, chosen);
+    for token in outputs.iter().flat_map(|output| &output.logprobs) {
+        assert_eq!(token.top.iter().map(|&(id, _)| id).collect::<Vec<_>>(), ids);
+        assert!(token.top.iter().all(|&(_, logprob)| logprob.is_finite() && logprob < 0.0));
+    }
+}
+
+#[test]
+fn reasoning_ends_with_the_budget() {
+    let engine = Engine::load(model_path(), config()).expect("the model loads");
+    let tag = |text: &str| engine.tokenizer().encode_with_special(text).expect("encodes");
+    let prompt = "<think>One, two, three, four,";
+    let n_thought = engine.tokenizer().encode(prompt, true).expect("encodes").len() - tag("<think>").len();
+    let free = engine.generate([prompt], &greedy()).expect("generates").remove(0);
+    assert!(!free.text.contains("</think>"), "{}", free.text);
+    for n_more in [0, 1, 7] {
+        let budget = ThinkingBudget {
+            n_tokens: (n_thought + n_more) as u32,
+            start: tag("<think>"),
+            end: tag("</think>"),
+            begins_inside: false,
+        };
+        let params = SamplingParams { thinking_budget: Some(budget), ..greedy() };
+        let output = engine.generate([prompt], &params).expect("generates").remove(0);
+        let end = tag("</think>");
+        assert_eq!(output.token_ids[..n_more], free.token_ids[..n_more]);
+        assert_eq!(output.token_ids[n_more..n_more + end.len()], end, "{}", output.text);
+        assert_eq!(output.token_ids.len(), N_TOKENS as usize);
+    }
 }
 
 #[test]

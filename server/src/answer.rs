@@ -27,6 +27,11 @@ impl Answer {
         if self.is_parallel { self.n_calls } else { self.n_calls.min(1) }
     }
 
+    /// Whether what comes next is reasoning, as far as one knows.
+    pub fn is_reasoning(&self) -> bool {
+        self.parser.is_reasoning()
+    }
+
     /// Tokens that were reasoning.
     pub fn n_reasoning_tokens(&self) -> usize {
         self.n_reasoning_tokens

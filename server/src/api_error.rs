@@ -65,6 +65,11 @@ impl ApiError {
         }
     }
 
+    /// An endpoint that the model cannot serve.
+    pub fn not_implemented(message: impl Into<String>) -> Self {
+        Self { status: StatusCode::NOT_IMPLEMENTED, kind: "NotImplementedError", message: message.into(), param: None }
+    }
+
     /// A failure of the HTTP layer itself; the status's phrase is both type and message.
     pub fn http(status: StatusCode) -> Self {
         let phrase = status.canonical_reason().unwrap_or("Error");

@@ -174,6 +174,7 @@ impl App {
     where
         B: hyper::body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
+        route.check_needs(self)?;
         let body = if route.takes_json() {
             check_content_type(&parts.headers)?;
             read_body(body).await?

@@ -9,6 +9,15 @@ use serde_json::Value;
 /// The events of one prompt. Dropping it cancels the prompt's sequences.
 pub type EventStream = Pin<Box<dyn Stream<Item = Result<Event, Error>> + Send>>;
 
+/// What a model can be for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// It generates text.
+    Generate,
+    /// It makes vectors of texts.
+    Embed,
+}
+
 /// What an endpoint sees of the engine. Errors are those of the [`Engine`] method of the same name.
 #[allow(missing_docs)]
 pub trait Backend: Send + Sync + 'static {
@@ -20,6 +29,8 @@ pub trait Backend: Send + Sync + 'static {
     fn default_sampling_params(&self) -> &SamplingParams;
     /// Plain text to token ids, with the tokenizer's own special tokens (BOS) if wanted.
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error>;
+    /// How many tokens [`Backend::encode`] puts before and after a text if wanted.
+    fn n_added_tokens(&self) -> (usize, usize);
     /// Text that a chat template made to token ids; special tokens in it are parsed.
     fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, Error>;
     fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error>;
@@ -29,6 +40,10 @@ pub trait Backend: Send + Sync + 'static {
     fn token_piece(&self, id: u32) -> Option<String>;
     /// Renders `messages` with the model's chat template; [`Error::InvalidRequest`] if it has none.
     fn render_chat(&self, messages: &[Value], options: &ChatOptions<'_>) -> Result<String, Error>;
+    /// Whether the model does what `task` says.
+    fn does(&self, task: Task) -> bool {
+        task == Task::Generate
+    }
     /// The vectors of `texts`, token ids; blocks. [`Error::InvalidRequest`] if the model makes none.
     fn embed(&self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
         let _ = texts;
@@ -63,6 +78,10 @@ impl Backend for Engine {
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
         self.tokenizer().encode(text, add_special_tokens)
+    }
+
+    fn n_added_tokens(&self) -> (usize, usize) {
+        self.tokenizer().n_added()
     }
 
     fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, Error> {

@@ -1,29 +1,30 @@
 //! [`Blocks`]: an answer as a list of thoughts, texts and calls, for endpoints whose wire types are such lists.
 
 use ember_common::{FinishReason, openai::ChunkDelta};
-use ember_engine::{Delta, Finish};
+use ember_engine::{Delta, Finish, TokenLogprobs};
 
 use crate::{answer::Answer, chat_request::Reading, tools::ToolPlan};
 
 /// A part of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Block {
     /// Thoughts.
     Reasoning(String),
-    /// Text.
-    Text(String),
+    /// Text, and the log-probabilities of its tokens if they were asked for.
+    #[allow(missing_docs)]
+    Text { text: String, logprobs: Vec<TokenLogprobs> },
     /// A tool call; `arguments` is JSON as text.
     #[allow(missing_docs)]
     Call { id: String, name: String, arguments: String },
 }
 
 /// What new output did to the block of this number.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum BlockEvent {
     /// It began, still empty.
     Opened(usize),
-    /// It grew by this text.
-    Grew(usize, String),
+    /// It grew by this text, of tokens with these log-probabilities.
+    Grew(usize, String, Vec<TokenLogprobs>),
     /// It is complete.
     Closed(usize),
 }
@@ -34,13 +35,22 @@ pub struct Blocks {
     tools: ToolPlan,
     list: Vec<Block>,
     is_open: bool,
+    /// Of tokens whose text has not come yet.
+    pending: Vec<TokenLogprobs>,
     finish: Option<Finish>,
 }
 
 impl Blocks {
     /// An answer that is to be understood like this.
     pub fn new(reading: Reading) -> Self {
-        Self { answer: reading.any_answer(), tools: reading.tools, list: Vec::new(), is_open: false, finish: None }
+        Self {
+            answer: reading.any_answer(),
+            tools: reading.tools,
+            list: Vec::new(),
+            is_open: false,
+            pending: Vec::new(),
+            finish: None,
+        }
     }
 
     /// The blocks so far.
@@ -66,20 +76,26 @@ impl Blocks {
     /// Takes in new output.
     pub fn push(&mut self, delta: &Delta) -> Vec<BlockEvent> {
         let mut events = Vec::new();
+        if !self.answer.is_reasoning() {
+            self.pending.extend_from_slice(&delta.logprobs);
+        }
         let ChunkDelta { role: _, content, reasoning, tool_calls } = self.answer.push(delta);
         if let Some(text) = reasoning {
+            // Those of the mark that began it.
+            self.pending.clear();
             if !matches!(self.list.last(), Some(Block::Reasoning(_))) {
                 self.open(&mut events, Block::Reasoning(String::new()));
             }
             self.grow(&mut events, text);
         }
         if let Some(text) = content {
-            if !matches!(self.list.last(), Some(Block::Text(_))) {
-                self.open(&mut events, Block::Text(String::new()));
+            if !matches!(self.list.last(), Some(Block::Text { .. })) {
+                self.open(&mut events, Block::Text { text: String::new(), logprobs: Vec::new() });
             }
             self.grow(&mut events, text);
         }
         for call in tool_calls {
+            self.pending.clear();
             if let (Some(id), Some(name)) = (call.id, call.function.name) {
                 self.open(&mut events, Block::Call { id, name, arguments: String::new() });
             }
@@ -102,12 +118,17 @@ impl Blocks {
 
     fn grow(&mut self, events: &mut Vec<BlockEvent>, new: String) {
         let idx = self.list.len().saturating_sub(1);
-        if let Some(Block::Reasoning(text) | Block::Text(text) | Block::Call { arguments: text, .. }) =
-            self.list.last_mut().filter(|_| !new.is_empty())
-        {
-            text.push_str(&new);
-            events.push(BlockEvent::Grew(idx, new));
+        let Some(block) = self.list.last_mut().filter(|_| !new.is_empty()) else { return };
+        let mut of_new = Vec::new();
+        match block {
+            Block::Reasoning(text) | Block::Call { arguments: text, .. } => text.push_str(&new),
+            Block::Text { text, logprobs } => {
+                text.push_str(&new);
+                of_new = std::mem::take(&mut self.pending);
+                logprobs.extend_from_slice(&of_new);
+            }
         }
+        events.push(BlockEvent::Grew(idx, new, of_new));
     }
 
     fn close(&mut self, events: &mut Vec<BlockEvent>) {

@@ -14,10 +14,10 @@ use crate::{
     generation::Choices,
     output::{AnswerParser, ReasoningFormat},
     priority,
-    prompt::{self, Chat},
+    prompt::{self, Chat, TextEncoding},
     request_id,
     sampling::{self, EndpointParams},
-    structured,
+    structured, thinking,
     tools::ToolPlan,
 };
 
@@ -75,9 +75,15 @@ impl ChatRequest {
             }
         };
         let reading = Reading { reasoning: reasoning(app, &text, &mut params)?, shows_reasoning, tools };
+        let budget = thinking::budget(app, fields, reading.reasoning.is_some_and(|(_, is_inside)| is_inside))?;
+        params.thinking_budget = budget.filter(|_| reading.reasoning.is_some());
         let beams = sampling::beams(fields, &params).map_err(|error| error.rename("structured_outputs", form_param))?;
         let prompt_text = return_prompt_text.then(|| text.clone());
-        let ids = prompt::encode_chat(app.clone(), text, fields.add_special_tokens == Some(true)).await?;
+        let encoding = TextEncoding {
+            add_special_tokens: fields.add_special_tokens == Some(true),
+            will_be_cut: fields.truncate_prompt_tokens.is_some(),
+        };
+        let ids = prompt::encode_chat(app.clone(), text, encoding).await?;
         let ids = prompt::fit(app, ids, fields, params.max_tokens)?;
         let mut request = GenerateRequest::new(Prompt::Tokens(ids), params.clone());
         request.cache_salt = fields.cache_salt.clone();

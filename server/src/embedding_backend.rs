@@ -11,7 +11,7 @@ use ember_engine::{
 };
 use serde_json::Value;
 
-use crate::{Backend, EventStream};
+use crate::{Backend, EventStream, Task};
 
 /// Requests that may wait for each other before more are queued; those that wait run together.
 const MAX_NUM_SEQS: usize = 64;
@@ -24,7 +24,7 @@ pub struct EmbeddingBackend {
 }
 
 impl EmbeddingBackend {
-    /// Loads the Hugging Face folder `path`.
+    /// Loads the Hugging Face folder or GGUF file `path`.
     ///
     /// # Errors
     /// Those of [`EmbeddingEngine::load`].
@@ -78,6 +78,14 @@ impl Backend for EmbeddingBackend {
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
         self.engine.tokenizer().encode(text, add_special_tokens)
+    }
+
+    fn n_added_tokens(&self) -> (usize, usize) {
+        self.engine.tokenizer().n_added()
+    }
+
+    fn does(&self, task: Task) -> bool {
+        task == Task::Embed
     }
 
     fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, Error> {

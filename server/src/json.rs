@@ -14,6 +14,10 @@ use crate::{
 /// # Errors
 /// Status 400 with the dotted path of the field at fault.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // Structs would read arrays, too.
+    if body.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|&byte| byte != b'{') {
+        return Err(ApiError::schema("", "expected a JSON object"));
+    }
     // The path is found by a second, slower pass that only bad requests pay for.
     serde_json::from_slice(body).map_err(|_| {
         let mut deserializer = serde_json::Deserializer::from_slice(body);
@@ -25,7 +29,8 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
                 let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
                 let field = match (path.as_str(), missing) {
                     (".", Some(field)) => field.to_owned(),
-                    (".", None) => String::new(),
+                    // `?` is where no field had begun.
+                    ("." | "?", None) => String::new(),
                     (path, Some(field)) => format!("{path}.{field}"),
                     (path, None) => path.to_owned(),
                 };

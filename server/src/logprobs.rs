@@ -4,7 +4,7 @@ use ember_common::openai::{
     ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, MIN_LOGPROB, OrderedMap, PromptLogprob, PromptLogprobs,
     TopLogprob,
 };
-use ember_engine::TokenLogprobs;
+use ember_engine::{SamplingParams, TokenLogprobs};
 
 use crate::Backend;
 
@@ -33,6 +33,12 @@ impl TokenNames<'_> {
             bytes: Some(self.backend.token_bytes(id)),
         }
     }
+}
+
+/// Candidates shown of each token of an output, the sampled one first; `None` if there are no log-probabilities.
+pub fn n_shown(params: &SamplingParams) -> Option<usize> {
+    // Chosen tokens are shown whatever the number of best ones.
+    params.n_logprobs().map(|n| if params.logprob_token_ids.is_empty() { n } else { n + 1 })
 }
 
 /// The sampled token, then the best others.

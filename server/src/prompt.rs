@@ -12,18 +12,66 @@ use crate::{ApiError, app::App};
 const INLINE_BYTES: usize = 8 << 10;
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
+/// How a text becomes tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct TextEncoding {
+    /// Whether the tokenizer adds its own special tokens, such as BOS.
+    pub add_special_tokens: bool,
+    /// A text that is longer than the context is no error: it will be cut.
+    pub will_be_cut: bool,
+}
+
+/// A prompt's tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PromptTokens {
+    /// All of them.
+    pub ids: Vec<u32>,
+    /// How many at the beginning and at the end were added by the tokenizer.
+    n_added: (usize, usize),
+}
+
+impl PromptTokens {
+    /// Tokens that came as such.
+    pub fn bare(ids: Vec<u32>) -> Self {
+        Self { ids, n_added: (0, 0) }
+    }
+
+    /// As many as `keep`, the last ones or the first; what the tokenizer added stays as long as there is room.
+    pub fn cut(self, keep: usize, keeps_end: bool) -> Vec<u32> {
+        let Self { mut ids, n_added: (n_before, n_after) } = self;
+        if ids.len() <= keep {
+            return ids;
+        }
+        // Between what was added.
+        let text = n_before..ids.len() - n_after;
+        let n_dropped = text.len().min(ids.len() - keep);
+        ids.drain(if keeps_end { text.start..text.start + n_dropped } else { text.end - n_dropped..text.end });
+        if keeps_end {
+            ids.drain(..ids.len().saturating_sub(keep));
+        } else {
+            ids.truncate(keep);
+        }
+        ids
+    }
+}
+
 /// Plain text to token ids.
-pub async fn encode(app: Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
-    run(app, text, move |app, text| Ok(app.backend.encode(text, add_special_tokens)?)).await
+pub async fn encode(app: Arc<App>, text: String, encoding: TextEncoding) -> Result<PromptTokens, ApiError> {
+    run(app, text, encoding, move |app, text| {
+        let n_added = if encoding.add_special_tokens { app.backend.n_added_tokens() } else { (0, 0) };
+        Ok(PromptTokens { ids: app.backend.encode(text, encoding.add_special_tokens)?, n_added })
+    })
+    .await
 }
 
 /// A rendered conversation to token ids. Templates write the special tokens themselves, so
 /// `add_special_tokens` is rarely wanted.
-pub async fn encode_chat(app: Arc<App>, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
-    run(app, text, move |app, text| {
-        let mut ids = if add_special_tokens { app.backend.encode("", true)? } else { Vec::new() };
+pub async fn encode_chat(app: Arc<App>, text: String, encoding: TextEncoding) -> Result<PromptTokens, ApiError> {
+    run(app, text, encoding, move |app, text| {
+        let mut ids = if encoding.add_special_tokens { app.backend.encode("", true)? } else { Vec::new() };
+        let n_added = (ids.len(), 0);
         ids.extend(app.backend.encode_with_special(text)?);
-        Ok(ids)
+        Ok(PromptTokens { ids, n_added })
     })
     .await
 }
@@ -31,9 +79,12 @@ pub async fn encode_chat(app: Arc<App>, text: String, add_special_tokens: bool) 
 async fn run(
     app: Arc<App>,
     text: String,
-    encode: impl FnOnce(&App, &str) -> Result<Vec<u32>, ApiError> + Send + 'static,
-) -> Result<Vec<u32>, ApiError> {
-    check_length(&app, &text)?;
+    encoding: TextEncoding,
+    encode: impl FnOnce(&App, &str) -> Result<PromptTokens, ApiError> + Send + 'static,
+) -> Result<PromptTokens, ApiError> {
+    if !encoding.will_be_cut {
+        check_length(&app, &text)?;
+    }
     if text.len() <= INLINE_BYTES {
         return encode(&app, &text);
     }
@@ -90,28 +141,19 @@ pub fn keeps_end(side: Option<&str>, default: bool) -> Result<bool, ApiError> {
     }
 }
 
-/// The last `keep` of `ids`, or the first.
-pub fn cut(mut ids: Vec<u32>, keep: usize, keeps_end: bool) -> Vec<u32> {
-    if keeps_end {
-        ids.drain(..ids.len().saturating_sub(keep));
-    } else {
-        ids.truncate(keep);
-    }
-    ids
-}
-
 /// Truncates the prompt if the request says so, and checks that it leaves room for output.
 pub fn fit(
     app: &App,
-    mut ids: Vec<u32>,
+    tokens: PromptTokens,
     fields: &SamplingFields,
     max_tokens: Option<u32>,
 ) -> Result<Vec<u32>, ApiError> {
     let max_model_len = app.backend.info().max_model_len;
     let keeps_end = keeps_end(fields.truncation_side.as_deref(), true)?;
-    if let Some(asked) = fields.truncate_prompt_tokens {
-        ids = cut(ids, kept_tokens(app, asked, max_model_len - 1)?, keeps_end);
-    }
+    let ids = match fields.truncate_prompt_tokens {
+        Some(asked) => tokens.cut(kept_tokens(app, asked, max_model_len - 1)?, keeps_end),
+        None => tokens.ids,
+    };
     if ids.is_empty() {
         return Err(ApiError::invalid("prompt", "The prompt is empty: it has no tokens."));
     }
@@ -255,6 +297,17 @@ mod tests {
             }
             (got, expected) => panic!("{message}: {got:?} instead of {expected:?}"),
         }
+    }
+
+    #[test]
+    fn what_the_tokenizer_added_is_cut_last() {
+        let cut = |n_added, keep, keeps_end| PromptTokens { ids: vec![1, 2, 3, 4], n_added }.cut(keep, keeps_end);
+        assert_eq!([cut((0, 0), 9, false), cut((1, 1), 4, true)], [vec![1, 2, 3, 4], vec![1, 2, 3, 4]]);
+        assert_eq!([cut((0, 0), 2, false), cut((0, 0), 2, true)], [vec![1, 2], vec![3, 4]]);
+        assert_eq!([cut((1, 1), 3, false), cut((1, 1), 3, true)], [vec![1, 2, 4], vec![1, 3, 4]]);
+        assert_eq!([cut((1, 0), 2, false), cut((1, 0), 2, true)], [vec![1, 2], vec![1, 4]]);
+        assert_eq!([cut((1, 1), 2, false), cut((1, 1), 1, false)], [vec![1, 4], vec![1]]);
+        assert_eq!([cut((1, 1), 1, true), cut((4, 0), 2, true)], [vec![4], vec![3, 4]]);
     }
 
     #[test]

@@ -94,8 +94,11 @@ pub fn params(
         ignore_eos: fields.ignore_eos.unwrap_or(false),
         min_tokens: non_negative("min_tokens", fields.min_tokens)?.unwrap_or(0),
         repetition_detection: repetition_detection(fields.repetition_detection)?,
+        // Only those who know the prompt can tell.
+        thinking_budget: None,
         max_tokens: max_tokens(endpoint)?.or(defaults.max_tokens).map(|n| n.min(endpoint.most_tokens.unwrap_or(n))),
         logprobs: n_logprobs("logprobs", endpoint.logprobs, endpoint.logprobs_limits)?,
+        logprob_token_ids: token_ids("logprob_token_ids", fields.logprob_token_ids.as_deref().unwrap_or_default())?,
         prompt_logprobs: n_logprobs("prompt_logprobs", prompt_logprobs, endpoint.logprobs_limits)?,
         skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
     };
@@ -120,6 +123,8 @@ pub fn beams(fields: &SamplingFields, params: &SamplingParams) -> Result<Option<
         ("stop_token_ids", fields.stop_token_ids.as_ref().is_some_and(|ids| !ids.is_empty())),
         ("min_tokens", params.min_tokens > 0),
         ("repetition_detection", params.repetition_detection.is_some()),
+        ("logprob_token_ids", !params.logprob_token_ids.is_empty()),
+        ("thinking_token_budget", params.thinking_budget.is_some()),
         ("logit_bias", !params.logit_bias.is_empty()),
         ("allowed_token_ids", params.allowed_token_ids.is_some()),
         ("bad_words", !params.bad_words.is_empty()),
@@ -174,8 +179,6 @@ fn in_range_top_p(params: &SamplingParams) -> Result<f32, ApiError> {
 
 fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
     for (field, value) in [
-        ("logprob_token_ids", &fields.logprob_token_ids),
-        ("thinking_token_budget", &fields.thinking_token_budget),
         ("watermarking", &fields.watermarking),
         ("kv_transfer_params", &fields.kv_transfer_params),
         ("ec_transfer_params", &fields.ec_transfer_params),
@@ -212,7 +215,11 @@ fn check_stream(fields: &SamplingFields) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
+/// Checks a request's `cache_salt`.
+///
+/// # Errors
+/// Status 400 for one that is not allowed.
+pub fn check_cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
     let is_valid = |salt: &str| {
         (1..=MAX_CACHE_SALT_CHARS).contains(&salt.chars().count()) && !salt.contains(['@', '/', '\\', '\0'])
     };

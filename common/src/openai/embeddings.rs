@@ -26,6 +26,11 @@ pub struct EmbeddingFields {
     /// Which end goes: `right` (default) or `left`.
     pub truncation_side: Option<String>,
     pub add_special_tokens: Option<bool>,
+    /// Without effect: there is no cache, and texts are taken in their order.
+    pub cache_salt: Option<String>,
+    /// The same.
+    pub priority: Option<i64>,
+    pub request_id: Option<String>,
     /// Not supported; `input` is.
     #[schemars(skip)]
     pub messages: Option<Value>,
@@ -101,6 +106,11 @@ pub struct ScoreFields {
     #[serde(alias = "text_2", alias = "data_2", alias = "items")]
     pub documents: OneOrSeveral,
     pub truncate_prompt_tokens: Option<i64>,
+    /// Keep at most this many tokens of each query, beside those that the tokenizer adds; 0 (default): all.
+    pub max_tokens_per_query: Option<i64>,
+    /// The same of each document.
+    pub max_tokens_per_doc: Option<i64>,
+    pub request_id: Option<String>,
 }
 
 /// One text, or a list of them.
@@ -156,6 +166,11 @@ pub struct RerankFields {
     /// The best so many; 0 (default): all.
     pub top_n: Option<usize>,
     pub truncate_prompt_tokens: Option<i64>,
+    /// Keep at most this many tokens of the query, beside those that the tokenizer adds; 0 (default): all.
+    pub max_tokens_per_query: Option<i64>,
+    /// The same of each document.
+    pub max_tokens_per_doc: Option<i64>,
+    pub request_id: Option<String>,
 }
 
 /// The answer of `POST /rerank`, best first.
@@ -184,4 +199,6 @@ pub struct Ranked {
 #[allow(missing_docs)]
 pub struct RankedDocument {
     pub text: String,
+    /// Always null: documents are texts.
+    pub multi_modal: Option<Value>,
 }

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{PromptTokensDetails, Usage};
+use super::{ChatTokenLogprob, PromptTokensDetails, Usage};
 
 /// The fields that responses have beside [`super::SamplingFields`]. Fields held as [`Value`] are ones that a
 /// server may have to refuse by name.
@@ -20,7 +20,9 @@ pub struct ResponsesFields {
     pub parallel_tool_calls: Option<bool>,
     pub reasoning: Option<ReasoningOptions>,
     pub text: Option<TextOptions>,
+    /// `message.output_text.logprobs` asks for log-probabilities.
     pub include: Option<Vec<String>>,
+    /// Of how many likeliest tokens, beside the one that came.
     pub top_logprobs: Option<i64>,
     /// `disabled`.
     pub truncation: Option<String>,
@@ -137,7 +139,7 @@ pub struct IncompleteDetails {
 }
 
 /// A part of the answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum OutputItem {
@@ -150,11 +152,11 @@ pub enum OutputItem {
 }
 
 /// A part of an item.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum ContentPart {
-    OutputText { text: String, annotations: [(); 0], logprobs: [(); 0] },
+    OutputText { text: String, annotations: [(); 0], logprobs: Vec<ChatTokenLogprob> },
     ReasoningText { text: String },
 }
 
@@ -226,9 +228,21 @@ pub enum ResponseEventKind {
     #[serde(rename = "response.content_part.done")]
     PartDone { item_id: String, output_index: usize, content_index: usize, part: ContentPart },
     #[serde(rename = "response.output_text.delta")]
-    TextDelta { item_id: String, output_index: usize, content_index: usize, delta: String, logprobs: [(); 0] },
+    TextDelta {
+        item_id: String,
+        output_index: usize,
+        content_index: usize,
+        delta: String,
+        logprobs: Vec<ChatTokenLogprob>,
+    },
     #[serde(rename = "response.output_text.done")]
-    TextDone { item_id: String, output_index: usize, content_index: usize, text: String, logprobs: [(); 0] },
+    TextDone {
+        item_id: String,
+        output_index: usize,
+        content_index: usize,
+        text: String,
+        logprobs: Vec<ChatTokenLogprob>,
+    },
     #[serde(rename = "response.reasoning_text.delta")]
     ReasoningDelta { item_id: String, output_index: usize, content_index: usize, delta: String },
     #[serde(rename = "response.reasoning_text.done")]

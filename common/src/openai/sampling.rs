@@ -53,8 +53,10 @@ pub struct SamplingFields {
     pub repetition_detection: Option<RepetitionDetectionFields>,
     /// Without effect: nothing is put between special tokens.
     pub spaces_between_special_tokens: Option<bool>,
-    pub logprob_token_ids: Option<Value>,
-    pub thinking_token_budget: Option<Value>,
+    /// With log-probabilities: those of these tokens in place of the best ones'.
+    pub logprob_token_ids: Option<Vec<i64>>,
+    /// Most tokens of reasoning; -1 sets no limit.
+    pub thinking_token_budget: Option<i64>,
     pub watermarking: Option<Value>,
     pub kv_transfer_params: Option<Value>,
     pub ec_transfer_params: Option<Value>,

@@ -25,6 +25,23 @@ impl Usage {
     }
 }
 
+impl std::iter::Sum for Usage {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |mut sum, usage| {
+            sum.prompt_tokens += usage.prompt_tokens;
+            sum.total_tokens += usage.total_tokens;
+            sum.completion_tokens += usage.completion_tokens;
+            if let Some(details) = usage.prompt_tokens_details {
+                sum.prompt_tokens_details.get_or_insert_default().cached_tokens += details.cached_tokens;
+            }
+            if let Some(details) = usage.completion_tokens_details {
+                sum.completion_tokens_details.get_or_insert_default().reasoning_tokens += details.reasoning_tokens;
+            }
+            sum
+        })
+    }
+}
+
 /// What the completion's tokens were for.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct CompletionTokensDetails {

@@ -8,8 +8,11 @@ use burn::tensor::{
     activation::{gelu, relu, softmax},
 };
 
-use super::{BATCH_TOKENS, Encoder, Pooling, pooling::Pool};
-use crate::{Error, models::HfConfig, weights::safetensors::SafetensorsFolder};
+use super::{BATCH_TOKENS, BertFiles, Encoder, Pooling, pooling::Pool};
+use crate::{Error, models::HfConfig, weights::gguf::Gguf};
+
+/// Sizes in GGUF files that are taken for broken above this.
+const MAX_GGUF_SIZE: usize = 1 << 24;
 
 /// The sizes of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +29,7 @@ pub struct BertSpec {
     pub intermediate_size: usize,
     /// Rows of the position embedding.
     pub max_position: usize,
-    /// Rows of the segment embedding; all tokens are of segment 0.
+    /// Rows of the segment embedding, 0 if there is none; all tokens are of segment 0.
     pub n_segments: usize,
     /// Added to variances.
     pub norm_eps: f32,
@@ -71,9 +74,41 @@ impl BertSpec {
         }
         Ok(spec)
     }
-}
 
-impl BertSpec {
+    /// The model of a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming a key that is missing or has a value that is not supported.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, Error> {
+        let count = |name: &str| match gguf.integer(&format!("bert.{name}"))? {
+            Some(n) if (1..=MAX_GGUF_SIZE).contains(&n) => Ok(n),
+            Some(n) => Err(gguf.error(format!("'bert.{name}' is {n}; it must be between 1 and {MAX_GGUF_SIZE}"))),
+            None => Err(gguf.error(format!("metadata key 'bert.{name}' is missing"))),
+        };
+        if gguf.bool("bert.attention.causal")? == Some(true) {
+            return Err(gguf.error("'bert.attention.causal' is true, which is not supported"));
+        }
+        let rows = |name: &str| match gguf.tensor_shape(name) {
+            Some(&[n, _]) if n > 0 => Ok(n),
+            _ => Err(gguf.error(format!("tensor '{name}' is missing or not two-dimensional"))),
+        };
+        let spec = Self {
+            vocab_size: rows("token_embd.weight")?,
+            hidden_size: count("embedding_length")?,
+            n_layers: count("block_count")?,
+            n_heads: count("attention.head_count")?,
+            intermediate_size: count("feed_forward_length")?,
+            max_position: count("context_length")?,
+            n_segments: gguf.tensor_shape("token_types.weight").map_or(Ok(0), |_| rows("token_types.weight"))?,
+            norm_eps: gguf.float("bert.attention.layer_norm_epsilon")?.unwrap_or(1e-12) as f32,
+            activation: Activation::Gelu,
+        };
+        if !spec.hidden_size.is_multiple_of(spec.n_heads) {
+            return Err(gguf.error("'bert.attention.head_count' must divide 'bert.embedding_length'"));
+        }
+        Ok(spec)
+    }
+
     /// Parameters of the encoder.
     pub fn n_parameters(&self) -> usize {
         let (h, inter) = (self.hidden_size, self.intermediate_size);
@@ -138,16 +173,17 @@ impl Bert {
     ///
     /// # Errors
     /// [`Error::Model`] naming a tensor that is missing or of another shape.
-    pub fn load(spec: BertSpec, files: &SafetensorsFolder, device: &Device) -> Result<Self, Error> {
-        // Models with a head on top keep the encoder under this name.
-        let prefix = if files.contains("embeddings.word_embeddings.weight") { "" } else { "bert." };
-        let loader = Loader { spec: &spec, files, prefix, device };
+    pub fn load(spec: BertSpec, files: BertFiles<'_>, device: &Device) -> Result<Self, Error> {
+        let loader = Loader { spec: &spec, files, device };
         let h = spec.hidden_size;
-        let segments = loader.matrix("embeddings.token_type_embeddings.weight", [spec.n_segments, h])?;
-        let positions = loader.matrix("embeddings.position_embeddings.weight", [spec.max_position, h])?;
+        let mut positions = loader.matrix("embeddings.position_embeddings.weight", [spec.max_position, h])?;
+        if spec.n_segments > 0 {
+            let segments = loader.matrix("embeddings.token_type_embeddings.weight", [spec.n_segments, h])?;
+            positions = positions + segments.slice([0..1, 0..h]);
+        }
         Ok(Self {
             words: loader.matrix("embeddings.word_embeddings.weight", [spec.vocab_size, h])?,
-            positions: positions + segments.slice([0..1, 0..h]),
+            positions,
             norm: loader.norm("embeddings.LayerNorm")?,
             layers: (0..spec.n_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
             device: device.clone(),
@@ -235,14 +271,13 @@ impl Encoder for Bert {
 
 struct Loader<'a> {
     spec: &'a BertSpec,
-    files: &'a SafetensorsFolder,
-    prefix: &'static str,
+    files: BertFiles<'a>,
     device: &'a Device,
 }
 
 impl Loader<'_> {
     fn values(&self, name: &str, shape: Vec<usize>) -> Result<Vec<f32>, Error> {
-        Ok(self.files.tensor(&format!("{}{name}", self.prefix), shape)?.to_f32().into_owned())
+        Ok(self.files.tensor(name, shape)?.to_f32().into_owned())
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<2>, Error> {

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::read_json;
-use crate::Error;
+use super::load::read_json;
+use crate::{Error, weights::gguf::Gguf};
 
 /// How a text's hidden states become its vector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +65,29 @@ impl Head {
             }
         }
         Ok(Some(head))
+    }
+}
+
+impl Head {
+    /// The head that `pooling_type` of a GGUF file says (llama.cpp's `llama_pooling_type`); `None` if it says none.
+    ///
+    /// # Errors
+    /// [`Error::Model`] about a type that is not supported.
+    pub(super) fn from_gguf(gguf: &Gguf) -> Result<Option<Self>, Error> {
+        let key = format!("{}.pooling_type", gguf.string("general.architecture")?.unwrap_or_default());
+        let pooling = match gguf.integer(&key)? {
+            None | Some(0) => return Ok(None),
+            Some(1) => Pooling::Mean,
+            Some(2) => Pooling::Cls,
+            Some(3) => Pooling::Last,
+            Some(other) => {
+                let message = format!(
+                    "'{key}' is {other}, which is not supported; supported are 1 (mean), 2 (CLS) and 3 (last token)"
+                );
+                return Err(gguf.error(message));
+            }
+        };
+        Ok(Some(Self { pooling, normalizes: true }))
     }
 }
 

@@ -287,6 +287,13 @@ impl TokenMask {
         Self { grammar: None, bits: OnceLock::from(bits) }
     }
 
+    /// A mask that allows token `id` alone.
+    pub fn only(id: u32) -> Self {
+        let mut bits = vec![0; id as usize / 32 + 1];
+        bits[id as usize / 32] = 1 << (id % 32);
+        Self::of_bits(bits)
+    }
+
     /// Bit `id % 32` of word `id / 32` for each token that may come next. Tokens past its end may not; an empty mask
     /// allows all.
     pub fn bits(&self) -> &[u32] {

@@ -20,6 +20,7 @@ mod rope;
 pub use generation_defaults::GenerationDefaults;
 pub use hf_config::HfConfig;
 pub use model::Model;
+pub(crate) use model::{Location, locate};
 
 use crate::{
     Error,
@@ -77,6 +78,14 @@ pub(crate) fn by_hf_name(name: &str) -> Option<&'static dyn Architecture> {
 pub(crate) fn generating_name(name: &str) -> Option<String> {
     let name = format!("{}ForCausalLM", name.strip_suffix("Model")?);
     by_hf_name(&name).map(|_| name)
+}
+
+/// Whether tokens of a GGUF file's model see only those before them, if it says so.
+///
+/// # Errors
+/// [`Error::Model`] if the value is no bool.
+pub(crate) fn is_causal(gguf: &Gguf) -> Result<Option<bool>, Error> {
+    gguf.bool(&format!("{}.attention.causal", gguf.string("general.architecture")?.unwrap_or_default()))
 }
 
 /// The names that most decoder-only models of Hugging Face transformers use.

@@ -51,12 +51,15 @@ impl Model {
         }
     }
 
-    /// Opens the Hugging Face folder `path` for its hidden states: the output projection need not be there, nor the
+    /// Opens the model at `path` for its hidden states: the output projection need not be there, nor a Hugging Face
     /// class's name be that of a generating model.
     ///
     /// # Errors
     /// As [`Model::open`].
     pub fn open_headless(path: &Path, load_format: LoadFormat, seed: u64) -> Result<Self, Error> {
+        if let Location::Gguf(file) = locate(path)? {
+            return Self::open_gguf(path, &file, load_format, seed);
+        }
         let config = HfConfig::open(&path.join("config.json"))?;
         let name = config.architecture()?;
         let generating = super::generating_name(name);
@@ -107,10 +110,10 @@ impl Model {
         let gguf = Arc::new(Gguf::open(file)?);
         let name = gguf.string("general.architecture")?;
         let name = name.ok_or_else(|| gguf.error("metadata key 'general.architecture' is missing"))?;
-        let architecture = ARCHITECTURES
-            .iter()
-            .find(|a| a.gguf_names().contains(&name))
-            .ok_or_else(|| gguf.error(unsupported_architecture(name, |a| a.gguf_names())))?;
+        let architecture = ARCHITECTURES.iter().find(|a| a.gguf_names().contains(&name)).ok_or_else(|| {
+            let hint = if name == "bert" { "; it makes embeddings, with --runner pooling" } else { "" };
+            gguf.error(unsupported_architecture(name, |a| a.gguf_names()) + hint)
+        })?;
         let spec = architecture.spec_from_gguf(&gguf)?;
         let (weights, file_dtype) = match load_format {
             LoadFormat::Dummy => dummy(&spec, seed)?,
@@ -148,14 +151,18 @@ fn stored(source: impl WeightSource + 'static, spec: &DecoderSpec) -> Result<(Bo
 }
 
 /// What a model path turned out to be.
-enum Location {
+pub(crate) enum Location {
     /// A folder with config.json.
     Folder,
     /// This GGUF file.
     Gguf(PathBuf),
 }
 
-fn locate(path: &Path) -> Result<Location, Error> {
+/// Looks what is at `path`.
+///
+/// # Errors
+/// [`Error::Model`] if it is no model.
+pub(crate) fn locate(path: &Path) -> Result<Location, Error> {
     let has_gguf_suffix = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     if path.is_file() {
         // Caches of other tools store GGUF files without the suffix; the reader checks the first bytes.

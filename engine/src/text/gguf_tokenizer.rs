@@ -16,6 +16,7 @@ use tokenizers::{
 use super::{
     sentencepiece,
     tokenizer::{SpecialTokens, added_token},
+    wordpiece,
 };
 use crate::{Error, weights::gguf::Gguf};
 
@@ -101,24 +102,31 @@ pub(super) fn build(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, SpecialTokens
     let model = gguf.string("tokenizer.ggml.model")?;
     let model =
         model.ok_or_else(|| gguf.error("metadata key 'tokenizer.ggml.model' is missing: no tokenizer inside"))?;
-    let tokens = required_list(gguf, "tokenizer.ggml.tokens")?;
+    let mut tokens = required_list(gguf, "tokenizer.ggml.tokens")?;
     let types = token_types(gguf, tokens.len())?;
-    // Whether prompts begin with BOS when the file does not say.
-    let (mut tokenizer, add_bos) = match model {
+    let spellings;
+    // Whether prompts begin with BOS, and end with EOS, when the file does not say; `None` where the tokenizer itself
+    // knows.
+    let (mut tokenizer, adds) = match model {
         "gpt2" => {
             let pre = pre_tokenizer(gguf)?;
-            (byte_level(gguf, &tokens, pre)?, pre.add_bos)
+            (byte_level(gguf, &tokens, pre)?, Some((pre.add_bos, false)))
         }
-        "llama" => (sentencepiece::build(gguf, &tokens, &types)?, true),
+        "llama" => (sentencepiece::build(gguf, &tokens, &types)?, Some((true, false))),
+        "bert" => {
+            spellings = wordpiece::spellings(&tokens, &types);
+            tokens = spellings.iter().map(String::as_str).collect();
+            (wordpiece::build(gguf, &tokens)?, None)
+        }
         _ => {
             return Err(gguf.error(format!(
-                "tokenizer model '{model}' is not supported; supported are 'gpt2' (byte-level BPE) and 'llama' \
-                 (SentencePiece)"
+                "tokenizer model '{model}' is not supported; supported are 'gpt2' (byte-level BPE), 'llama' \
+                 (SentencePiece) and 'bert' (WordPiece)"
             )));
         }
     };
     let control = add_tokens(gguf, &mut tokenizer, (&tokens, &types))?;
-    Ok((tokenizer, special_tokens(gguf, &tokens, &control, add_bos)?))
+    Ok((tokenizer, special_tokens(gguf, &tokens, &control, adds)?))
 }
 
 fn required_list<'a>(gguf: &'a Gguf, key: &str) -> Result<Vec<&'a str>, Error> {
@@ -217,7 +225,12 @@ fn add_tokens(
     Ok(control.iter().map(|&id| id as u32).collect())
 }
 
-fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], add_bos: bool) -> Result<SpecialTokens, Error> {
+fn special_tokens(
+    gguf: &Gguf,
+    tokens: &[&str],
+    control: &[u32],
+    adds: Option<(bool, bool)>,
+) -> Result<SpecialTokens, Error> {
     let id_at = |key: &str| -> Result<Option<u32>, Error> {
         match gguf.integer(key)? {
             Some(id) if id >= tokens.len() => {
@@ -226,13 +239,19 @@ fn special_tokens(gguf: &Gguf, tokens: &[&str], control: &[u32], add_bos: bool) 
             id => Ok(id.map(|id| id as u32)),
         }
     };
-    let mut special = SpecialTokens {
-        bos: id_at("tokenizer.ggml.bos_token_id")?,
-        add_bos: Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos)),
-        ..SpecialTokens::default()
-    };
-    for (field, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
-    {
+    let mut special = SpecialTokens { bos: id_at("tokenizer.ggml.bos_token_id")?, ..SpecialTokens::default() };
+    if let Some((add_bos, add_eos)) = adds {
+        special.add_bos = Some(gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos));
+        special.add_eos = gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(add_eos);
+    }
+    for (field, key) in [
+        ("bos_token", "bos"),
+        ("eos_token", "eos"),
+        ("unk_token", "unknown"),
+        ("pad_token", "padding"),
+        ("sep_token", "seperator"),
+        ("cls_token", "cls"),
+    ] {
         if let Some(id) = id_at(&format!("tokenizer.ggml.{key}_token_id"))? {
             special.texts.insert(field.to_owned(), tokens[id as usize].to_owned());
         }
@@ -323,10 +342,7 @@ mod tests {
             assert!(message.contains(expected), "{message:?} lacks {expected:?}");
         };
         let text = |s: &str| [&(s.len() as u64).to_le_bytes(), s.as_bytes()].concat();
-        check(
-            &|w| w.replace("tokenizer.ggml.model", 8, &text("bert")),
-            "'bert' is not supported; supported are 'gpt2'",
-        );
+        check(&|w| w.replace("tokenizer.ggml.model", 8, &text("t5")), "'t5' is not supported; supported are 'gpt2'");
         check(
             &|w| w.replace("tokenizer.ggml.pre", 8, &text("odd")),
             "'odd' is not supported; supported are default, gpt-2",

@@ -10,6 +10,7 @@ pub(crate) mod test_model;
 mod tojson;
 mod token_table;
 mod tokenizer;
+mod wordpiece;
 
 pub use chat_template::{ChatOptions, ChatTemplate};
 pub use detokenize::Detokenizer;

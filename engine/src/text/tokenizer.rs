@@ -33,6 +33,10 @@ pub struct Tokenizer {
     table: Arc<TokenTable>,
     /// Token put before every prompt, where `tokenizers`' own post-processor does not.
     prefix: Option<u32>,
+    /// The same after every prompt.
+    suffix: Option<u32>,
+    /// How many tokens are put before and after every prompt.
+    n_added: (usize, usize),
     special: SpecialTokens,
 }
 
@@ -44,6 +48,8 @@ pub(super) struct SpecialTokens {
     pub(super) eos: Vec<u32>,
     /// Whether prompts begin with `bos`; `None` leaves it to the post-processor.
     pub(super) add_bos: Option<bool>,
+    /// Whether prompts end with the primary one of `eos`; the post-processor may put it there, too.
+    pub(super) add_eos: bool,
     /// Variables of chat templates, such as `bos_token`.
     pub(super) texts: BTreeMap<String, String>,
 }
@@ -115,13 +121,17 @@ impl Tokenizer {
         let is_special = |id: u32| added.get(&id).is_some_and(|token| token.special);
         let table =
             TokenTable::new(n_tokens, vocab.into_iter().map(|(token, id)| (id, token, is_special(id))), spelling);
-        let plain = OnceLock::new();
-        let mut tokenizer = Self { parsing, plain, table: Arc::new(table), prefix: None, special };
-        if tokenizer.special.add_bos == Some(true) {
-            let begins_with = encode(&tokenizer.parsing, "a", true).map_err(|e| e.to_string())?.first().copied();
-            tokenizer.prefix = tokenizer.special.bos.filter(|&bos| begins_with != Some(bos));
-        }
-        Ok(tokenizer)
+        // A vocabulary that cannot express this text says so when it is used.
+        let encode = |add_special_tokens| encode(&parsing, "a", add_special_tokens).unwrap_or_default();
+        let (bare, whole) = (encode(false), encode(true));
+        let before = whole.windows(bare.len().max(1)).position(|ids| ids == bare).unwrap_or(0);
+        let mut n_added = (before, whole.len().saturating_sub(before + bare.len()));
+        let eos = special.eos.first().copied();
+        let prefix = special.bos.filter(|bos| special.add_bos == Some(true) && whole.first() != Some(bos));
+        let suffix = eos.filter(|eos| special.add_eos && whole.last() != Some(eos));
+        n_added.0 += usize::from(prefix.is_some());
+        n_added.1 += usize::from(suffix.is_some());
+        Ok(Self { parsing, plain: OnceLock::new(), table: Arc::new(table), prefix, suffix, n_added, special })
     }
 
     /// Token ids of the plain text `text`: special tokens in it are not recognised. With
@@ -136,10 +146,18 @@ impl Tokenizer {
             plain
         });
         let mut ids = encode(plain, text, add_special_tokens)?;
-        if let (true, Some(prefix)) = (add_special_tokens, self.prefix) {
-            ids.insert(0, prefix);
+        if add_special_tokens {
+            ids.extend(self.suffix);
+            if let Some(prefix) = self.prefix {
+                ids.insert(0, prefix);
+            }
         }
         Ok(ids)
+    }
+
+    /// How many tokens [`Tokenizer::encode`] puts before and after a text with `add_special_tokens`.
+    pub fn n_added(&self) -> (usize, usize) {
+        self.n_added
     }
 
     /// Token ids of a text in which special tokens stand for themselves, such as a rendered chat template.

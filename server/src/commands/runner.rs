@@ -12,7 +12,7 @@ use crate::Error;
 #[command(next_help_heading = "Engine")]
 pub struct RunnerArgs {
     /// generate serves text, pooling vectors; auto looks at the model's class and whether sentence-transformers'
-    /// modules.json is there.
+    /// modules.json, or a GGUF file's pooling_type, is there.
     #[arg(long, env = "EMBER_RUNNER", default_value = "auto", value_enum)]
     pub runner: Runner,
 

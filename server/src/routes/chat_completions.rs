@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ember_common::openai::{ChatChoice, ChatCompletion, ChatFields, ChatMessage, SamplingFields};
 use ember_engine::{Delta, SamplingParams};
-use hyper::Response;
+use hyper::{HeaderMap, Response};
 use serde_json::Value;
 
 use super::Call;
@@ -22,34 +22,56 @@ use crate::{
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
     let fields: SamplingFields = json::parse(&call.body)?;
     let own: ChatFields = json::parse(&call.body)?;
+    if fields.stream != Some(true) {
+        return json::response(&complete(&app, &call.parts.headers, &fields, own).await?);
+    }
     let model = app.model_name(fields.model.as_deref())?.to_owned();
-    let echo = if fields.echo == Some(true) { own.messages.last().and_then(assistant_text) } else { None };
+    let echo = echo_of(&fields, &own);
     let ChatRequest { id, params, prompt_text, reading, mut choices } =
         ChatRequest::start(&app, &call.parts.headers, &fields, own).await?;
     let usage = UsageMeter::new(&app.config, fields.stream_options, 1, choices.n_choices());
     let id = format!("chatcmpl-{id}");
-    let created = app.now();
-    if fields.stream == Some(true) {
-        choices.wait_for_output().await?;
-        let head = ChunkHead { id: &id, object: "chat.completion.chunk", created, model: &model };
-        let frames = ChatFrames {
-            app: app.clone(),
-            n_top_logprobs: params.logprobs.map(|n| n as usize),
-            tokens_as_ids: fields.return_tokens_as_token_ids == Some(true),
-            return_token_ids: fields.return_token_ids == Some(true),
-            prompt_text,
-            echo,
-            n_unstarted: choices.n_choices(),
-            prompt: None,
-            answers: (0..choices.n_choices()).filter_map(|_| reading.answer()).collect(),
-            counts_reasoning: app.config.reasoning_parser.is_some(),
-            tools: reading.tools,
-        };
-        let interval = app.stream_interval(&fields);
-        return Ok(SseBody::new(choices, frames, ChunkWriter::new(head), usage, interval).into_response());
-    }
-    let head = Head { id, created, model, echo: echo.unwrap_or_default(), prompt_text };
-    json::response(&whole(&app, head, &fields, &params, Running { choices, usage, reading }).await?)
+    choices.wait_for_output().await?;
+    let head = ChunkHead { id: &id, object: "chat.completion.chunk", created: app.now(), model: &model };
+    let frames = ChatFrames {
+        app: app.clone(),
+        n_top_logprobs: logprobs::n_shown(&params),
+        tokens_as_ids: fields.return_tokens_as_token_ids == Some(true),
+        return_token_ids: fields.return_token_ids == Some(true),
+        prompt_text,
+        echo,
+        n_unstarted: choices.n_choices(),
+        prompt: None,
+        answers: (0..choices.n_choices()).filter_map(|_| reading.answer()).collect(),
+        counts_reasoning: app.config.reasoning_parser.is_some(),
+        tools: reading.tools,
+    };
+    let interval = app.stream_interval(&fields);
+    Ok(SseBody::new(choices, frames, ChunkWriter::new(head), usage, interval).into_response())
+}
+
+/// The whole answer.
+///
+/// # Errors
+/// Those of [`ChatRequest::start`] and of the engine.
+pub(super) async fn complete(
+    app: &Arc<App>,
+    headers: &HeaderMap,
+    fields: &SamplingFields,
+    own: ChatFields,
+) -> Result<ChatCompletion, ApiError> {
+    let model = app.model_name(fields.model.as_deref())?.to_owned();
+    let echo = echo_of(fields, &own).unwrap_or_default();
+    let ChatRequest { id, params, prompt_text, reading, choices } =
+        ChatRequest::start(app, headers, fields, own).await?;
+    let usage = UsageMeter::new(&app.config, fields.stream_options, 1, choices.n_choices());
+    let head = Head { id: format!("chatcmpl-{id}"), created: app.now(), model, echo, prompt_text };
+    whole(app, head, fields, &params, Running { choices, usage, reading }).await
+}
+
+/// What the assistant said last, if it is to be repeated.
+fn echo_of(fields: &SamplingFields, own: &ChatFields) -> Option<String> {
+    own.messages.last().filter(|_| fields.echo == Some(true)).and_then(assistant_text)
 }
 
 /// What is known of the answer before it is there.
@@ -108,7 +130,7 @@ async fn whole(
         ChatChoice {
             index: delta.index,
             message,
-            logprobs: params.logprobs.map(|n_top| logprobs::chat(names, &delta.logprobs, n_top as usize)),
+            logprobs: logprobs::n_shown(params).map(|n_top| logprobs::chat(names, &delta.logprobs, n_top)),
             finish_reason: reason,
             stop_reason: stop_reason.flatten().map(wire_stop_reason),
             token_ids: return_token_ids.then_some(delta.token_ids),

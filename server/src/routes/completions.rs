@@ -13,10 +13,12 @@ use crate::{
     generation::{Choices, wire_stop_reason},
     json,
     logprobs::{self, TokenNames},
-    priority, prompt, request_id,
+    priority,
+    prompt::{self, PromptTokens, TextEncoding},
+    request_id,
     sampling::{self, EndpointParams},
     stream::{ChoiceState, ChunkHead, ChunkWriter, CompletionFrames, SseBody, UsageMeter},
-    structured,
+    structured, thinking,
 };
 
 const DEFAULT_MAX_TOKENS: i64 = 16;
@@ -39,7 +41,12 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         most_tokens: app.config.sampling_defaults.max_tokens(),
         logprobs_limits: app.logprobs_limits(),
     };
-    let params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
+    let mut params = sampling::params(&fields, endpoint, &app.sampling_defaults)?;
+    if only_echo && !params.logprob_token_ids.is_empty() {
+        let message = "logprob_token_ids are those of the output, of which there is none with `max_tokens` 0.";
+        return Err(ApiError::invalid("logprob_token_ids", message));
+    }
+    params.thinking_budget = thinking::budget(&app, &fields, false)?;
     let beams = sampling::beams(&fields, &params)
         .map_err(|error| error.rename("structured_outputs", structured::param(&fields)))?;
     if beams.is_some() && fields.stream == Some(true) {
@@ -76,7 +83,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         .map_err(|error| error.rename("structured_outputs", structured::param(&fields)))?;
     let frames = CompletionFrames {
         app: app.clone(),
-        n_logprobs: params.logprobs.map(|n| n as usize),
+        n_logprobs: logprobs::n_shown(&params),
         tokens_as_ids: fields.return_tokens_as_token_ids == Some(true),
         return_token_ids: fields.return_token_ids == Some(true),
         echo,
@@ -137,21 +144,24 @@ fn prompts(input: Option<PromptInput>) -> Result<Vec<Prompt>, ApiError> {
     }
 }
 
-/// The prompt's token ids, and its text if it came as one.
+/// The prompt's token ids, and its text if it came as one and is to be repeated.
 async fn tokenize(
     app: &Arc<App>,
     input: Prompt,
     fields: &SamplingFields,
-) -> Result<(Vec<u32>, Option<String>), ApiError> {
+) -> Result<(PromptTokens, Option<String>), ApiError> {
     match input {
         Prompt::Tokens(ids) => {
             prompt::check_vocabulary(app, "prompt", &ids)?;
-            Ok((ids, None))
+            Ok((PromptTokens::bare(ids), None))
         }
         Prompt::Text(text) => {
             let echo = (fields.echo == Some(true)).then(|| text.clone());
-            let ids = prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true)).await?;
-            Ok((ids, echo))
+            let encoding = TextEncoding {
+                add_special_tokens: fields.add_special_tokens.unwrap_or(true),
+                will_be_cut: fields.truncate_prompt_tokens.is_some(),
+            };
+            Ok((prompt::encode(app.clone(), text, encoding).await?, echo))
         }
     }
 }

@@ -11,7 +11,9 @@ use crate::{
     app::{App, Body},
     embedding_encoding::EmbeddingEncoding,
     json,
-    prompt::{self, check_vocabulary},
+    prompt::{self, PromptTokens, TextEncoding, check_vocabulary},
+    request_id,
+    sampling::check_cache_salt,
 };
 
 /// Most texts of a request.
@@ -30,25 +32,25 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             return Err(ApiError::unsupported(field));
         }
     }
+    check_cache_salt(fields.cache_salt.as_deref())?;
     let encoding = EmbeddingEncoding::of(&fields)?;
     let truncation = Truncation::of(&app, fields.truncate_prompt_tokens, fields.truncation_side.as_deref())?;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
     let texts = match fields.input {
-        PromptInput::Text(text) => encode(&app, vec![text], add_special_tokens).await?,
+        PromptInput::Text(text) => truncation.encode(&app, vec![text], add_special_tokens).await?,
         PromptInput::Texts(texts) => {
             check_count(texts.len())?;
-            encode(&app, texts, add_special_tokens).await?
+            truncation.encode(&app, texts, add_special_tokens).await?
         }
         // `[]` reads as no token ids, too.
         PromptInput::Tokens(ids) if ids.is_empty() => Vec::new(),
-        PromptInput::Tokens(ids) => vec![ids],
-        PromptInput::TokenLists(lists) => lists,
+        PromptInput::Tokens(ids) => truncation.cut_all(vec![ids]),
+        PromptInput::TokenLists(lists) => truncation.cut_all(lists),
     };
     check_count(texts.len())?;
     for ids in &texts {
         check_vocabulary(&app, "input", ids)?;
     }
-    let texts: Vec<Vec<u32>> = texts.into_iter().map(|ids| truncation.cut(ids)).collect();
     let (vectors, n_tokens) = embed(app.clone(), texts).await?;
     if let Some(wanted) = fields.dimensions
         && vectors.first().is_some_and(|vector| usize::try_from(wanted) != Ok(vector.len()))
@@ -58,7 +60,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     }
     let data = vectors.into_iter().enumerate();
     json::response(&EmbeddingList {
-        id: format!("embd-{}", uuid::Uuid::new_v4().simple()),
+        id: format!("embd-{}", request_id::resolve(&call.parts.headers, fields.request_id.as_deref())),
         object: "list",
         created: app.now(),
         model,
@@ -83,23 +85,15 @@ pub(super) fn check_documents(n: usize) -> Result<(), ApiError> {
     }
 }
 
-/// Texts as token ids.
-async fn encode(app: &Arc<App>, texts: Vec<String>, add_special_tokens: bool) -> Result<Vec<Vec<u32>>, ApiError> {
-    let mut all = Vec::with_capacity(texts.len());
-    for text in texts {
-        all.push(prompt::encode(app.clone(), text, add_special_tokens).await?);
-    }
-    Ok(all)
-}
-
-/// The vectors of `texts` with the model's special tokens, and how many tokens they have.
-pub(super) async fn embed_texts(
+/// The vectors of queries and documents with the model's special tokens, in this order, and how many tokens they have.
+pub(super) async fn embed_pairs(
     app: &Arc<App>,
-    texts: Vec<String>,
-    truncation: Truncation,
+    (queries, of_queries): (Vec<String>, Truncation),
+    (documents, of_documents): (Vec<String>, Truncation),
 ) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
-    let texts = encode(app, texts, true).await?;
-    embed(app.clone(), texts.into_iter().map(|ids| truncation.cut(ids)).collect()).await
+    let mut texts = of_queries.encode(app, queries, true).await?;
+    texts.extend(of_documents.encode(app, documents, true).await?);
+    embed(app.clone(), texts).await
 }
 
 /// How long texts are cut.
@@ -117,11 +111,43 @@ impl Truncation {
         Ok(Self { keep, keeps_end: prompt::keeps_end(side, false)? })
     }
 
-    /// `ids`, cut.
-    fn cut(self, ids: Vec<u32>) -> Vec<u32> {
+    /// The same, but for texts of `n` tokens of their own at most; 0 sets no limit. `param` is the field's name.
+    pub(super) fn and_at_most(self, app: &App, param: &'static str, n: Option<i64>) -> Result<Self, ApiError> {
+        let max_model_len = app.backend.info().max_model_len;
+        match usize::try_from(n.unwrap_or(0)) {
+            Ok(0) => Ok(self),
+            Ok(n) if n <= max_model_len => {
+                let (before, after) = app.backend.n_added_tokens();
+                let most = n + before + after;
+                Ok(Self { keep: Some(self.keep.map_or(most, |keep| keep.min(most))), ..self })
+            }
+            _ => Err(ApiError::invalid(param, format!("{param} must be between 0 and max_model_len={max_model_len}."))),
+        }
+    }
+
+    /// Texts as token ids, cut.
+    async fn encode(
+        self,
+        app: &Arc<App>,
+        texts: Vec<String>,
+        add_special_tokens: bool,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
+        let encoding = TextEncoding { add_special_tokens, will_be_cut: self.keep.is_some() };
+        let mut all = Vec::with_capacity(texts.len());
+        for text in texts {
+            all.push(self.cut(prompt::encode(app.clone(), text, encoding).await?));
+        }
+        Ok(all)
+    }
+
+    fn cut_all(self, texts: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
+        texts.into_iter().map(|ids| self.cut(PromptTokens::bare(ids))).collect()
+    }
+
+    fn cut(self, tokens: PromptTokens) -> Vec<u32> {
         match self.keep {
-            Some(keep) => prompt::cut(ids, keep, self.keeps_end),
-            None => ids,
+            Some(keep) => tokens.cut(keep, self.keeps_end),
+            None => tokens.ids,
         }
     }
 }
@@ -145,13 +171,6 @@ pub(super) fn cosine(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn texts_are_cut_at_the_side_that_was_asked_for() {
-        let cut = |keep, keeps_end| Truncation { keep, keeps_end }.cut(vec![1, 2, 3, 4]);
-        assert_eq!([cut(None, false), cut(Some(9), true)], [vec![1, 2, 3, 4], vec![1, 2, 3, 4]]);
-        assert_eq!([cut(Some(2), false), cut(Some(2), true)], [vec![1, 2], vec![3, 4]]);
-    }
 
     #[test]
     fn cosines_do_not_depend_on_lengths() {

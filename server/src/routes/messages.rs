@@ -15,7 +15,8 @@ use crate::{
     app::{App, Body},
     blocks::Blocks,
     chat_request::{self, ChatRequest},
-    json, prompt,
+    json,
+    prompt::{self, TextEncoding},
     stream::{ChunkWriter, MessageFrames, SseBody, UsageMeter},
 };
 
@@ -61,7 +62,8 @@ pub async fn count_tokens(app: Arc<App>, call: Call) -> Result<Response<Body>, A
     let own: MessagesFields = json::parse(&call.body)?;
     app.model_name(own.model.as_deref())?;
     let text = chat_request::conversation(&app, chat_fields(own)?)?.render(&app)?;
-    let input_tokens = prompt::encode_chat(app, text, false).await?.len();
+    let encoding = TextEncoding { add_special_tokens: false, will_be_cut: false };
+    let input_tokens = prompt::encode_chat(app, text, encoding).await?.ids.len();
     json::response(&TokenCount { input_tokens })
 }
 

@@ -1,10 +1,12 @@
 //! The table of endpoints. One file per endpoint, one row here.
 
+mod chat_batch;
 mod chat_completions;
 mod completions;
 mod detokenize;
 mod embeddings;
 mod health;
+mod invocations;
 mod load;
 mod messages;
 mod metrics;
@@ -32,7 +34,7 @@ use hyper::{Method, Response, http::request::Parts};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
-    ApiError,
+    ApiError, Task,
     app::{App, Body},
 };
 
@@ -60,6 +62,8 @@ pub struct Route {
     pub methods: &'static [Method],
     /// Whether its requests count in the HTTP metrics; probes do not.
     pub is_measured: bool,
+    /// What the model must be for, and the endpoint's name in the error if it is not.
+    pub needs: Option<(Task, &'static str)>,
     /// What it does, in one line.
     pub summary: &'static str,
     /// Schemas of the JSON body that it needs; several together make it up. Empty for one that takes no body.
@@ -88,6 +92,19 @@ pub enum AnswerBody {
 }
 
 impl Route {
+    /// Checks that the model can serve it.
+    ///
+    /// # Errors
+    /// Status 501.
+    pub(crate) fn check_needs(&self, app: &App) -> Result<(), ApiError> {
+        match self.needs {
+            Some((task, name)) if !app.backend.does(task) => {
+                Err(ApiError::not_implemented(format!("The model does not support {name}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it needs `Content-Type: application/json` and a body.
     pub fn takes_json(&self) -> bool {
         !self.request.is_empty()
@@ -105,6 +122,7 @@ pub const ROUTES: &[Route] = &[
         path: "/detokenize",
         methods: POST,
         is_measured: true,
+        needs: None,
         summary: "Token ids to text.",
         request: &[schema::<DetokenizeFields>()],
         answer: AnswerBody::Json(schema::<Detokenized>()),
@@ -113,6 +131,16 @@ pub const ROUTES: &[Route] = &[
     probe("/health", GET, "200 while the engine lives, 503 after it failed.", AnswerBody::Empty, |app, _| {
         Box::pin(health::answer(app))
     }),
+    Route {
+        path: "/invocations",
+        methods: POST,
+        is_measured: true,
+        needs: None,
+        summary: "What the endpoint for a body of this shape answers, for SageMaker.",
+        request: &[schema::<serde_json::Map<String, serde_json::Value>>()],
+        answer: AnswerBody::Json(schema::<serde_json::Value>()),
+        handler: |app, call| Box::pin(invocations::answer(app, call)),
+    },
     probe(
         "/load",
         GET,
@@ -133,6 +161,7 @@ pub const ROUTES: &[Route] = &[
         path: "/tokenize",
         methods: POST,
         is_measured: true,
+        needs: None,
         summary: "A text or a conversation to token ids.",
         request: &[schema::<TokenizeFields>()],
         answer: AnswerBody::Json(schema::<Tokenized>()),
@@ -142,15 +171,27 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/chat/completions",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Chat Completions API")),
         summary: "Answers a conversation.",
         request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ChatCompletion>(), schema::<ChatCompletionChunk>()),
         handler: |app, call| Box::pin(chat_completions::answer(app, call)),
     },
     Route {
+        path: "/v1/chat/completions/batch",
+        methods: POST,
+        is_measured: true,
+        needs: Some((Task::Generate, "Chat Completions API")),
+        summary: "Answers several conversations, one choice for each; `messages` is a list of them.",
+        request: &[schema::<SamplingFields>(), schema::<ChatFields>()],
+        answer: AnswerBody::Json(schema::<ChatCompletion>()),
+        handler: |app, call| Box::pin(chat_batch::answer(app, call)),
+    },
+    Route {
         path: "/v1/completions",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Completions API")),
         summary: "Continues prompts.",
         request: &[schema::<SamplingFields>(), schema::<CompletionFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Completion>(), schema::<CompletionChunk>()),
@@ -160,6 +201,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/embeddings",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Embeddings API")),
         summary: "Vectors of texts, by an embedding model.",
         request: &[schema::<EmbeddingFields>()],
         answer: AnswerBody::Json(schema::<EmbeddingList>()),
@@ -169,6 +211,7 @@ pub const ROUTES: &[Route] = &[
         path: MESSAGES,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Messages API")),
         summary: "Answers a conversation in Anthropic's shape.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<Message>(), schema::<MessageEvent>()),
@@ -178,6 +221,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/messages/count_tokens",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Messages API")),
         summary: "Counts a conversation's tokens.",
         request: &[schema::<MessagesFields>()],
         answer: AnswerBody::Json(schema::<TokenCount>()),
@@ -187,6 +231,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/models",
         methods: GET,
         is_measured: true,
+        needs: None,
         summary: "The served names.",
         request: &[],
         answer: AnswerBody::Json(schema::<ModelList>()),
@@ -197,6 +242,7 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/responses",
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Generate, "Responses API")),
         summary: "Answers a conversation in OpenAI's newer shape.",
         request: &[schema::<SamplingFields>(), schema::<ResponsesFields>()],
         answer: AnswerBody::JsonOrStream(schema::<ModelResponse>(), schema::<ResponseEvent>()),
@@ -214,6 +260,7 @@ const fn score(path: &'static str) -> Route {
         path,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Score API")),
         summary: "How near pairs of texts are, by an embedding model.",
         request: const { &[schema::<ScoreFields>()] },
         answer: AnswerBody::Json(schema::<ScoreList>()),
@@ -226,6 +273,7 @@ const fn rerank(path: &'static str) -> Route {
         path,
         methods: POST,
         is_measured: true,
+        needs: Some((Task::Embed, "Rerank API")),
         summary: "Documents in the order of their nearness to a query, by an embedding model.",
         request: const { &[schema::<RerankFields>()] },
         answer: AnswerBody::Json(schema::<Ranking>()),
@@ -240,7 +288,7 @@ const fn probe(
     answer: AnswerBody,
     handler: fn(Arc<App>, Call) -> Answer,
 ) -> Route {
-    Route { path, methods, is_measured: false, summary, request: &[], answer, handler }
+    Route { path, methods, is_measured: false, needs: None, summary, request: &[], answer, handler }
 }
 
 /// The answer to a request to `path` that failed, whether there is such an endpoint or not.

@@ -1,4 +1,4 @@
-//! `GET /openapi.json`: the endpoints as an OpenAPI document, made from the table of routes and the wire types.
+//! `GET /openapi.json`: the endpoints that the model serves as an OpenAPI document, made from the table of routes and the wire types.
 
 use std::sync::Arc;
 
@@ -15,17 +15,17 @@ use crate::{
 };
 
 pub async fn answer(app: Arc<App>) -> Result<Response<Body>, ApiError> {
-    json::response(&document(&app.config.root_path))
+    json::response(&document(|route| route.check_needs(&app).is_ok(), &app.config.root_path))
 }
 
-fn document(root_path: &str) -> Value {
+fn document(is_served: impl Fn(&Route) -> bool, root_path: &str) -> Value {
     let settings = SchemaSettings::draft2020_12().with(|settings| {
         settings.definitions_path = "/components/schemas".into();
         settings.meta_schema = None;
     });
     let mut generator = settings.into_generator();
     let mut paths = Map::new();
-    for route in ROUTES {
+    for route in ROUTES.iter().filter(|route| is_served(route)) {
         let operation = operation(route, &mut generator);
         let methods = route.methods.iter().map(|method| (method.as_str().to_ascii_lowercase(), operation.clone()));
         paths.insert(route.path.into(), Value::Object(methods.collect()));
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn every_route_is_described_and_every_reference_leads_somewhere() {
-        let document = document("/llm");
+        let document = document(|_| true, "/llm");
         assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
         assert_eq!(document["servers"][0]["url"], "/llm");
         let mut found = Vec::new();
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn requests_and_answers_are_those_of_the_wire_types() {
-        let document = document("");
+        let document = document(|_| true, "");
         let schemas = &document["components"]["schemas"];
         assert_eq!(schemas["ChatFields"]["required"], json!(["messages"]));
         assert_eq!(schemas["SamplingFields"]["properties"]["temperature"]["type"], json!(["number", "null"]));

@@ -15,12 +15,15 @@ use crate::{
     app::{App, Body},
     blocks::Blocks,
     chat_request::ChatRequest,
-    json,
+    json, logprobs,
     stream::{ChunkWriter, ResponseFrames, SseBody, UsageMeter},
 };
 
-/// What is harmless to ask for: reasoning comes unencrypted.
-const INCLUDABLE: &str = "reasoning.encrypted_content";
+/// What may be asked for beside the answer.
+const INCLUDABLE: [&str; 2] = [LOGPROBS, "reasoning.encrypted_content"];
+const LOGPROBS: &str = "message.output_text.logprobs";
+/// Most candidates of a token, as upstream.
+const MAX_TOP_LOGPROBS: i64 = 20;
 
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
     let mut fields: SamplingFields = json::parse(&call.body)?;
@@ -36,6 +39,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
     let ChatRequest { id, params, reading, mut choices, .. } = request.map_err(|error| {
         error
             .rename_field("max_completion_tokens", "max_output_tokens")
+            .rename_field("logprobs", "top_logprobs")
             .rename("response_format", "text")
             .rename("messages", "input")
             .rename("reasoning_effort", "reasoning")
@@ -52,6 +56,7 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
             ..skeleton
         },
         blocks: Blocks::new(reading),
+        n_top_logprobs: logprobs::n_shown(&params).unwrap_or(0),
         n_events: 0,
     };
     let mut usage = UsageMeter::new(&app.config, None, 1, 1);
@@ -80,8 +85,11 @@ fn refuse_unsupported(own: &ResponsesFields) -> Result<(), ApiError> {
     if own.background == Some(true) {
         return Err(ApiError::unsupported("background"));
     }
-    if own.top_logprobs.is_some_and(|n| n != 0) {
-        return Err(ApiError::unsupported("top_logprobs"));
+    if let Some(n) = own.top_logprobs
+        && !(0..=MAX_TOP_LOGPROBS).contains(&n)
+    {
+        let message = format!("top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {n}.");
+        return Err(ApiError::invalid("top_logprobs", message));
     }
     if own.reasoning.as_ref().is_some_and(|reasoning| reasoning.summary.is_some()) {
         return Err(ApiError::invalid(
@@ -92,7 +100,7 @@ fn refuse_unsupported(own: &ResponsesFields) -> Result<(), ApiError> {
     if own.truncation.as_deref().is_some_and(|truncation| truncation != "disabled") {
         return Err(ApiError::invalid("truncation", "truncation can only be `disabled` on this server."));
     }
-    if let Some(other) = own.include.iter().flatten().find(|include| *include != INCLUDABLE) {
+    if let Some(other) = own.include.iter().flatten().find(|include| !INCLUDABLE.contains(&include.as_str())) {
         return Err(ApiError::invalid("include", format!("`{other}` cannot be included by this server.")));
     }
     Ok(())
@@ -163,7 +171,7 @@ fn skeleton(own: &ResponsesFields, format: TextFormat) -> ModelResponse {
         text: ResponseText { format },
         tool_choice: own.tool_choice.clone().unwrap_or_else(|| "auto".into()),
         tools: own.tools.clone().unwrap_or_default(),
-        top_logprobs: 0,
+        top_logprobs: own.top_logprobs.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         top_p: 0.0,
         truncation: "disabled".into(),
         usage: None,
@@ -173,6 +181,7 @@ fn skeleton(own: &ResponsesFields, format: TextFormat) -> ModelResponse {
 }
 
 fn chat_fields(own: ResponsesFields) -> Result<ChatFields, ApiError> {
+    let includes_logprobs = own.include.iter().flatten().any(|include| include == LOGPROBS);
     let mut messages = Vec::new();
     messages.extend(own.instructions.map(|text| json!({"role": "system", "content": text})));
     match own.input {
@@ -192,6 +201,8 @@ fn chat_fields(own: ResponsesFields) -> Result<ChatFields, ApiError> {
     Ok(ChatFields {
         messages,
         max_completion_tokens: own.max_output_tokens,
+        logprobs: Some(includes_logprobs),
+        top_logprobs: own.top_logprobs.filter(|_| includes_logprobs),
         tools: tools.transpose()?,
         tool_choice: own.tool_choice.map(tool_choice).transpose()?,
         parallel_tool_calls: own.parallel_tool_calls,

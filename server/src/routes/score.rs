@@ -7,12 +7,12 @@ use hyper::Response;
 
 use super::{
     Call,
-    embeddings::{Truncation, check_documents, cosine, embed_texts},
+    embeddings::{Truncation, check_documents, cosine, embed_pairs},
 };
 use crate::{
     ApiError,
     app::{App, Body},
-    json,
+    json, request_id,
 };
 
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
@@ -26,15 +26,16 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
         let message = format!("There must be one query or as many as documents ({n}), not {n_queries}.");
         return Err(ApiError::invalid("queries", message));
     }
-    let texts = queries.into_iter().chain(documents).collect();
-    let (vectors, n_tokens) = embed_texts(&app, texts, truncation).await?;
+    let of_queries = truncation.and_at_most(&app, "max_tokens_per_query", fields.max_tokens_per_query)?;
+    let of_documents = truncation.and_at_most(&app, "max_tokens_per_doc", fields.max_tokens_per_doc)?;
+    let (vectors, n_tokens) = embed_pairs(&app, (queries, of_queries), (documents, of_documents)).await?;
     let (queries, documents) = vectors.split_at(n_queries);
     let data = documents.iter().enumerate().map(|(index, document)| {
         let query = &queries[if n_queries == 1 { 0 } else { index }];
         Score { index, object: "score", score: cosine(query, document) }
     });
     json::response(&ScoreList {
-        id: format!("score-{}", uuid::Uuid::new_v4().simple()),
+        id: format!("score-{}", request_id::resolve(&call.parts.headers, fields.request_id.as_deref())),
         object: "list",
         created: app.now(),
         model,

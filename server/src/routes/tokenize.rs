@@ -10,14 +10,17 @@ use crate::{
     ApiError,
     app::{App, Body},
     json,
-    prompt::{self, Chat},
+    prompt::{self, Chat, TextEncoding},
 };
 
 pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiError> {
     let fields: TokenizeFields = json::parse(&call.body)?;
     app.model_name(fields.model.as_deref())?;
+    let encoding = |add_special_tokens| TextEncoding { add_special_tokens, will_be_cut: false };
     let tokens = match (fields.prompt, fields.messages) {
-        (Some(text), None) => prompt::encode(app.clone(), text, fields.add_special_tokens.unwrap_or(true)).await?,
+        (Some(text), None) => {
+            prompt::encode(app.clone(), text, encoding(fields.add_special_tokens.unwrap_or(true))).await?
+        }
         (None, Some(messages)) => {
             if fields.chat_template.is_some() {
                 return Err(ApiError::unsupported("chat_template"));
@@ -31,10 +34,11 @@ pub async fn answer(app: Arc<App>, call: Call) -> Result<Response<Body>, ApiErro
                 continue_final_message: fields.continue_final_message,
             };
             let text = chat.render(&app)?;
-            prompt::encode_chat(app.clone(), text, fields.add_special_tokens.unwrap_or(false)).await?
+            prompt::encode_chat(app.clone(), text, encoding(fields.add_special_tokens.unwrap_or(false))).await?
         }
         _ => return Err(ApiError::schema("", "give either `prompt` or `messages`")),
     };
+    let tokens = tokens.ids;
     let token_strs = fields
         .return_token_strs
         .unwrap_or(false)

@@ -35,7 +35,7 @@ impl MessageFrames {
         let MessageEnd { stop_reason, stop_sequence } = self.end_of_message();
         let content = self.blocks.list().iter().cloned().map(|block| match block {
             Block::Reasoning(thinking) => ContentBlock::Thinking { thinking, signature: String::new() },
-            Block::Text(text) => ContentBlock::Text { text },
+            Block::Text { text, .. } => ContentBlock::Text { text },
             Block::Call { id, name, arguments } => {
                 // Arguments that were cut off are no JSON; the stop reason says so.
                 let input = serde_json::from_str(&arguments).ok().filter(Value::is_object).unwrap_or_else(|| json!({}));
@@ -79,17 +79,17 @@ impl Frames for MessageFrames {
                         Block::Reasoning(_) => {
                             ContentBlock::Thinking { thinking: String::new(), signature: String::new() }
                         }
-                        Block::Text(_) => ContentBlock::Text { text: String::new() },
+                        Block::Text { .. } => ContentBlock::Text { text: String::new() },
                         Block::Call { id, name, .. } => {
                             ContentBlock::ToolUse { id: id.clone(), name: name.clone(), input: json!({}) }
                         }
                     },
                 },
-                BlockEvent::Grew(index, new) => MessageEvent::ContentBlockDelta {
+                BlockEvent::Grew(index, new, _) => MessageEvent::ContentBlockDelta {
                     index,
                     delta: match &blocks[index] {
                         Block::Reasoning(_) => BlockDelta::ThinkingDelta { thinking: new },
-                        Block::Text(_) => BlockDelta::TextDelta { text: new },
+                        Block::Text { .. } => BlockDelta::TextDelta { text: new },
                         Block::Call { .. } => BlockDelta::InputJsonDelta { partial_json: new },
                     },
                 },

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use ember_common::openai::{
-    ContentPart, IncompleteDetails, ModelResponse, OutputItem, ResponseError, ResponseEvent, ResponseEventKind, Usage,
+    ChatTokenLogprob, ContentPart, IncompleteDetails, ModelResponse, OutputItem, ResponseError, ResponseEvent,
+    ResponseEventKind, Usage,
 };
-use ember_engine::{Delta, PromptEvent};
+use ember_engine::{Delta, PromptEvent, TokenLogprobs};
 
 use super::{ChunkWriter, Frames, UsageMeter};
 use crate::{
     ApiError,
     app::App,
     blocks::{Block, BlockEvent, Blocks},
+    logprobs::{self, TokenNames},
 };
 
 /// Writes the events of a response.
@@ -22,6 +24,8 @@ pub struct ResponseFrames {
     pub response: ModelResponse,
     /// The output so far.
     pub blocks: Blocks,
+    /// Candidates shown of each token.
+    pub n_top_logprobs: usize,
     /// Events so far.
     pub n_events: u64,
 }
@@ -44,7 +48,7 @@ impl ResponseFrames {
     fn item_id(&self, idx: usize) -> String {
         let prefix = match self.blocks.list()[idx] {
             Block::Reasoning(_) => "rs",
-            Block::Text(_) => "msg",
+            Block::Text { .. } => "msg",
             Block::Call { .. } => "fc",
         };
         let name = self.response.id.strip_prefix("resp_").unwrap_or(&self.response.id);
@@ -61,17 +65,22 @@ impl ResponseFrames {
                 content: if is_new { Vec::new() } else { vec![ContentPart::ReasoningText { text }] },
                 status,
             },
-            Block::Text(text) => OutputItem::Message {
+            Block::Text { text, logprobs } => OutputItem::Message {
                 id,
                 status,
                 role: "assistant".into(),
-                content: if is_new { Vec::new() } else { vec![output_text(text)] },
+                content: if is_new { Vec::new() } else { vec![output_text(text, self.logprobs(&logprobs))] },
             },
             Block::Call { id: call_id, name, arguments } => {
                 let arguments = if is_new { String::new() } else { arguments };
                 OutputItem::FunctionCall { id, call_id, name, arguments, status }
             }
         }
+    }
+
+    fn logprobs(&self, tokens: &[TokenLogprobs]) -> Vec<ChatTokenLogprob> {
+        let names = TokenNames { backend: &*self.app.backend, as_ids: false };
+        logprobs::chat(names, tokens, self.n_top_logprobs).content
     }
 
     fn event(&mut self, writer: &mut ChunkWriter, kind: ResponseEventKind) {
@@ -86,19 +95,20 @@ impl ResponseFrames {
         let part = match self.blocks.list()[output_index] {
             Block::Call { .. } => return,
             Block::Reasoning(_) => ContentPart::ReasoningText { text: String::new() },
-            Block::Text(_) => output_text(String::new()),
+            Block::Text { .. } => output_text(String::new(), Vec::new()),
         };
         let item_id = self.item_id(output_index);
         self.event(writer, ResponseEventKind::PartAdded { item_id, output_index, content_index: 0, part });
     }
 
-    fn grew(&mut self, writer: &mut ChunkWriter, output_index: usize, delta: String) {
+    fn grew(&mut self, writer: &mut ChunkWriter, output_index: usize, (delta, logprobs): (String, Vec<TokenLogprobs>)) {
         let item_id = self.item_id(output_index);
         let content_index = 0;
         let kind = match self.blocks.list()[output_index] {
             Block::Reasoning(_) => ResponseEventKind::ReasoningDelta { item_id, output_index, content_index, delta },
-            Block::Text(_) => {
-                ResponseEventKind::TextDelta { item_id, output_index, content_index, delta, logprobs: [] }
+            Block::Text { .. } => {
+                let logprobs = self.logprobs(&logprobs);
+                ResponseEventKind::TextDelta { item_id, output_index, content_index, delta, logprobs }
             }
             Block::Call { .. } => ResponseEventKind::ArgumentsDelta { item_id, output_index, delta },
         };
@@ -114,10 +124,11 @@ impl ResponseFrames {
                 let item_id = item_id.clone();
                 (ResponseEventKind::ReasoningDone { item_id, output_index, content_index, text }, Some(part))
             }
-            Block::Text(text) => {
-                let part = output_text(text.clone());
+            Block::Text { text, logprobs } => {
+                let logprobs = self.logprobs(&logprobs);
+                let part = output_text(text.clone(), logprobs.clone());
                 let item_id = item_id.clone();
-                (ResponseEventKind::TextDone { item_id, output_index, content_index, text, logprobs: [] }, Some(part))
+                (ResponseEventKind::TextDone { item_id, output_index, content_index, text, logprobs }, Some(part))
             }
             Block::Call { name, arguments, .. } => {
                 let item_id = item_id.clone();
@@ -135,8 +146,8 @@ impl ResponseFrames {
     }
 }
 
-fn output_text(text: String) -> ContentPart {
-    ContentPart::OutputText { text, annotations: [], logprobs: [] }
+fn output_text(text: String, logprobs: Vec<ChatTokenLogprob>) -> ContentPart {
+    ContentPart::OutputText { text, annotations: [], logprobs }
 }
 
 impl Frames for ResponseFrames {
@@ -152,7 +163,7 @@ impl Frames for ResponseFrames {
         for event in self.blocks.push(&delta) {
             match event {
                 BlockEvent::Opened(idx) => self.opened(writer, idx),
-                BlockEvent::Grew(idx, text) => self.grew(writer, idx, text),
+                BlockEvent::Grew(idx, text, logprobs) => self.grew(writer, idx, (text, logprobs)),
                 BlockEvent::Closed(idx) => self.closed(writer, idx),
             }
         }

@@ -101,7 +101,7 @@ async fn what_responses_refuse() {
         (json!({"previous_response_id": "resp_1"}), "not supported", "previous_response_id"),
         (json!({"background": true}), "not supported", "background"),
         (json!({"conversation": "c"}), "not supported", "conversation"),
-        (json!({"top_logprobs": 2}), "not supported", "top_logprobs"),
+        (json!({"top_logprobs": 21}), "must be between 0 and 20", "top_logprobs"),
         (json!({"truncation": "auto"}), "`disabled`", "truncation"),
         (json!({"include": ["file_search_call.results"]}), "cannot be included", "include"),
         (json!({"reasoning": {"effort": "huge"}}), "must be one of", "reasoning"),

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -15,7 +15,7 @@ use ember_engine::{
     Delta, EngineInfo, EngineStats, Error, Event, Finish, GenerateRequest, Prompt, PromptEvent, SamplingParams,
     StopReason, TokenLogprobs, text::ChatOptions,
 };
-use ember_server::{App, Backend, EventStream, config::AppConfig, output};
+use ember_server::{App, Backend, EventStream, Task, config::AppConfig, output};
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, StatusCode};
@@ -34,6 +34,10 @@ pub struct FakeEngine {
     info: EngineInfo,
     defaults: SamplingParams,
     text: String,
+    /// What it is for; all if empty.
+    tasks: Vec<Task>,
+    /// Of the last request.
+    pub last_params: Mutex<SamplingParams>,
     pub is_healthy: AtomicBool,
     /// Streams that were not dropped.
     pub n_live: Arc<AtomicUsize>,
@@ -57,7 +61,24 @@ impl FakeEngine {
             created: 1,
         };
         let defaults = SamplingParams { temperature: 0.6, ..SamplingParams::default() };
-        Self { info, defaults, text: text.into(), is_healthy: AtomicBool::new(true), n_live: Arc::default() }
+        Self {
+            info,
+            defaults,
+            text: text.into(),
+            tasks: Vec::new(),
+            last_params: Mutex::default(),
+            is_healthy: AtomicBool::new(true),
+            n_live: Arc::default(),
+        }
+    }
+}
+
+/// That of a token that was sampled for `params`.
+fn sampled_logprobs(id: u32, params: &SamplingParams) -> Option<TokenLogprobs> {
+    let all = logprobs(id, params.logprobs?);
+    match params.logprob_token_ids.as_slice() {
+        [] => Some(all),
+        ids => Some(TokenLogprobs { top: ids.iter().map(|&id| (id, -1.5)).collect(), ..all }),
     }
 }
 
@@ -78,6 +99,7 @@ impl Backend for FakeEngine {
     fn submit(&self, request: GenerateRequest) -> Result<EventStream, Error> {
         let params = request.params;
         params.validate(self.info.vocab_size)?;
+        *self.last_params.lock().unwrap() = params.clone();
         let Prompt::Tokens(prompt) = request.prompt else { panic!("the server tokenises") };
         let text = self.decode(&prompt, true)?;
         assert!(!text.contains("panic"), "asked to panic");
@@ -117,7 +139,7 @@ impl Backend for FakeEngine {
                     index,
                     text: if stop.is_some() { String::new() } else { text.clone() },
                     token_ids: vec![id],
-                    logprobs: params.logprobs.map(|n_top| logprobs(id, n_top)).into_iter().collect(),
+                    logprobs: sampled_logprobs(id, &params).into_iter().collect(),
                     finish: reason.map(|reason| Finish { reason, stop_reason: stop_reason.clone() }),
                 })));
             }
@@ -165,6 +187,10 @@ impl Backend for FakeEngine {
         }
     }
 
+    fn does(&self, task: Task) -> bool {
+        self.tasks.is_empty() || self.tasks.contains(&task)
+    }
+
     /// The number of tokens, the last one, and one.
     fn embed(&self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
         let vector = |ids: &Vec<u32>| vec![ids.len() as f32, ids.last().map_or(0.0, |&id| id as f32), 1.0];
@@ -185,6 +211,10 @@ impl Backend for FakeEngine {
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
         Ok(add_special_tokens.then_some(BOS).into_iter().chain(text.bytes().map(u32::from)).collect())
+    }
+
+    fn n_added_tokens(&self) -> (usize, usize) {
+        (1, 0)
     }
 
     fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, Error> {
@@ -231,15 +261,24 @@ pub fn app_saying(text: &str, config: AppConfig) -> Arc<App> {
     App::new(Arc::new(FakeEngine::saying(text)), config)
 }
 
+/// An app over a fake engine that is for `task` alone.
+pub fn app_for(task: Task, config: AppConfig) -> Arc<App> {
+    App::new(Arc::new(FakeEngine { tasks: vec![task], ..FakeEngine::saying(TEXT) }), config)
+}
+
 /// An app that looks for calls and reasoning in what the fake engine says: `text`.
 pub fn app_that_reads(text: &str) -> Arc<App> {
-    let config = AppConfig {
+    app_saying(text, config_that_reads())
+}
+
+/// The options of [`app_that_reads`].
+pub fn config_that_reads() -> AppConfig {
+    AppConfig {
         enable_auto_tool_choice: true,
         tool_call_parser: Some(output::tool_format("hermes").unwrap()),
         reasoning_parser: Some(output::reasoning_format("qwen3").unwrap()),
         ..config()
-    };
-    app_saying(text, config)
+    }
 }
 
 /// The options that most tests use.

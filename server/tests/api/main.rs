@@ -4,7 +4,9 @@
 mod contract;
 mod endpoints;
 mod fake;
+mod fields;
 mod lifecycle;
+
 mod observing;
 mod snapshots;
 mod streaming;

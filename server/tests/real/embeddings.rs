@@ -87,7 +87,7 @@ async fn what_cannot_be_embedded_is_refused() {
     let server = server();
     let long = "a long text goes on and on, ".repeat(60);
     let cases = [
-        ("/v1/embeddings", json!({"input": long}), "input", "maximum context length is 256"),
+        ("/v1/embeddings", json!({"input": long}), "input_tokens", "maximum context length is 256"),
         ("/v1/embeddings", json!({"input": []}), "input", "at least one text"),
         ("/v1/embeddings", json!({"input": [[99_999]]}), "input", "out of vocabulary"),
         ("/v1/embeddings", json!({"input": "x", "dimensions": 128}), "dimensions", "384 dimensions"),
@@ -100,7 +100,6 @@ async fn what_cannot_be_embedded_is_refused() {
         ),
         ("/v1/embeddings", json!({"input": "x", "truncation_side": "up"}), "truncation_side", "`left` or `right`"),
         ("/v1/embeddings", json!({"input": "x", "normalize": false}), "normalize", "not supported"),
-        ("/v1/completions", json!({"prompt": "x"}), "model", "makes embeddings"),
         ("/score", json!({"queries": ["a", "b"], "documents": ["a", "b", "c"]}), "queries", "one query or as many"),
         ("/rerank", json!({"query": "a", "documents": []}), "documents", "1 to 2048"),
     ];
@@ -109,13 +108,17 @@ async fn what_cannot_be_embedded_is_refused() {
         assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{path} {body}: {answer}");
         assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{path} {body}: {answer}");
     }
-    let (status, _) = ask(&server, "/v1/embeddings", json!({"input": long, "truncate_prompt_tokens": -1})).await;
-    assert_eq!(status, 200);
+    let (status, answer) = ask(&server, "/v1/completions", json!({"prompt": "x"})).await;
+    assert_eq!((status, &answer["error"]["type"]), (501, &json!("NotImplementedError")), "{answer}");
+    // However long: this one could not fit whatever its tokens were.
+    let cut = json!({"input": long.repeat(10), "truncate_prompt_tokens": -1});
+    let (status, answer) = ask(&server, "/v1/embeddings", cut).await;
+    assert_eq!((status, &answer["usage"]["prompt_tokens"]), (200, &json!(256)), "{answer}");
 }
 
 #[tokio::test]
 async fn a_generating_model_says_that_it_makes_no_embeddings() {
     let server = Server::tiny(&[]);
     let (status, answer) = ask(&server, "/v1/embeddings", json!({"input": "x"})).await;
-    assert_eq!((status, &answer["error"]["param"]), (400, &json!("model")), "{answer}");
+    assert_eq!((status, &answer["error"]["type"]), (501, &json!("NotImplementedError")), "{answer}");
 }

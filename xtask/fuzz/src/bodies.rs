@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
 /// The first byte of an input chooses one. Append only: the committed inputs count on the order.
-const PATHS: [&str; 9] = [
+const PATHS: [&str; 11] = [
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",
@@ -25,6 +25,8 @@ const PATHS: [&str; 9] = [
     "/tokenize",
     "/detokenize",
     "/v1/score",
+    "/v1/chat/completions/batch",
+    "/invocations",
 ];
 /// Long enough for a tiny model, short enough for thousands of inputs.
 const REQUEST_TIMEOUT: Duration = Duration::from_millis(200);

@@ -119,6 +119,10 @@ impl Backend for StubEngine {
         Ok(text.bytes().map(u32::from).collect())
     }
 
+    fn n_added_tokens(&self) -> (usize, usize) {
+        (0, 0)
+    }
+
     fn encode_with_special(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.encode(text, false)
     }

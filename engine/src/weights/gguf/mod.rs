@@ -21,6 +21,8 @@ use std::{
 use memmap2::Mmap;
 use metadata::{Value, ValueType};
 pub use source::GgufSource;
+#[cfg(test)]
+pub(crate) use source::tensor_name;
 pub(crate) use split::PartName;
 
 use super::{DType, TensorView};

@@ -87,7 +87,7 @@ fn rotate_half_rows(tensor: &TensorView<'_>, head_dim: usize) -> Vec<u8> {
 }
 
 /// llama.cpp's name of the tensor that holds `weight` (gguf-py's `TENSOR_NAMES`).
-pub(super) fn tensor_name(weight: Weight) -> String {
+pub(crate) fn tensor_name(weight: Weight) -> String {
     use LayerWeight::*;
     let (layer, weight) = match weight {
         Weight::Embedding => return "token_embd.weight".into(),

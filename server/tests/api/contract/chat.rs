@@ -110,6 +110,8 @@ pub fn cases() -> Vec<Case> {
         (json!({"max_completion_tokens": "x"}), 400, "validation error", "body.max_completion_tokens"),
         (json!({"max_completion_tokens": 3, "min_tokens": 4}), 400, "min_tokens", "min_tokens"),
         (json!({"logprobs": true}), 200, "", ""),
+        (json!({"logprobs": true, "logprob_token_ids": [1, 2]}), 200, "", ""),
+        (json!({"logprobs": false, "logprob_token_ids": [1]}), 400, "needs `logprobs`", "logprob_token_ids"),
         (json!({"logprobs": true, "top_logprobs": 20}), 200, "", ""),
         (json!({"logprobs": true, "top_logprobs": null}), 200, "", ""),
         (

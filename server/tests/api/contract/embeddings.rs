@@ -33,10 +33,27 @@ pub fn cases() -> Vec<Case> {
         (json!({"truncate_prompt_tokens": 0}), 400, "must be -1 or between", "truncate_prompt_tokens"),
         (json!({"truncation_side": "up"}), 400, "`left` or `right`", "truncation_side"),
         (json!({"add_special_tokens": false}), 200, "", ""),
+        (json!({"cache_salt": "a", "priority": 3, "request_id": "r"}), 200, "", ""),
+        (json!({"cache_salt": "a@b"}), 400, "none of @", "cache_salt"),
+        (json!({"priority": "x"}), 400, "validation error", "body.priority"),
         (json!({"messages": [{"role": "user", "content": "x"}]}), 400, "not supported", "messages"),
         (json!({"normalize": true}), 400, "not supported", "normalize"),
         (json!({"use_activation": false}), 400, "not supported", "use_activation"),
         (json!({"use_activation": true, "user": "u", "priority": 1}), 200, "", ""),
         (json!({"padding": true}), 400, "not supported", "padding"),
+    ]
+}
+
+/// Of `/score`, beside a query and documents.
+pub fn score() -> Vec<Case> {
+    vec![
+        (json!({}), 200, "", ""),
+        (json!({"queries": ["a", "b"]}), 400, "one query or as many as documents (1), not 2", "queries"),
+        (json!({"documents": []}), 400, "1 to 2048 documents", "documents"),
+        (json!({"documents": 5}), 400, "expected a string or a list of strings", "body.documents"),
+        (json!({"max_tokens_per_query": 1, "max_tokens_per_doc": 0}), 200, "", ""),
+        (json!({"max_tokens_per_query": -1}), 400, "between 0 and max_model_len=64", "max_tokens_per_query"),
+        (json!({"max_tokens_per_doc": 65}), 400, "between 0 and max_model_len=64", "max_tokens_per_doc"),
+        (json!({"max_tokens_per_doc": "x"}), 400, "validation error", "body.max_tokens_per_doc"),
     ]
 }

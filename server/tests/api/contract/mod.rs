@@ -1,6 +1,8 @@
 //! What is accepted, what is refused and how: field, value, status, part of the message, param.
 //! One table a file; all are asked of a running server over its socket.
 
+mod abilities;
+mod batch;
 mod chat;
 mod completions;
 mod embeddings;
@@ -10,9 +12,9 @@ mod responses;
 mod sampling;
 mod tokens;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use ember_server::{config::AppConfig, listener};
+use ember_server::{App, config::AppConfig, listener};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -26,6 +28,7 @@ const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const SCORE: &str = "/score";
 const TOKENIZE: &str = "/tokenize";
 const DETOKENIZE: &str = "/detokenize";
 
@@ -40,7 +43,9 @@ fn nested(depth: usize) -> Value {
 fn body(path: &str) -> Value {
     match path {
         CHAT => json!({"messages": [{"role": "user", "content": "x"}]}),
+        batch::PATH => json!({"messages": [[{"role": "user", "content": "x"}]]}),
         RESPONSES | EMBEDDINGS => json!({"input": "x"}),
+        SCORE => json!({"queries": "x", "documents": ["y"]}),
         DETOKENIZE => json!({"tokens": [65]}),
         _ => json!({"prompt": "x"}),
     }
@@ -54,11 +59,15 @@ struct Server {
 
 impl Server {
     async fn start(config: AppConfig) -> Self {
+        Self::over(app(config).0).await
+    }
+
+    async fn over(app: Arc<App>) -> Self {
         let listener = listener::bind("127.0.0.1", 0).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
         let stopped = async { drop(stopped.await) };
-        let serving = listener::serve(listener, app(config).0, stopped, std::future::pending(), Duration::from_secs(1));
+        let serving = listener::serve(listener, app, stopped, std::future::pending(), Duration::from_secs(1));
         tokio::spawn(serving);
         Self { address, _stop: stop }
     }
@@ -115,9 +124,11 @@ fn tables() -> Vec<(&'static str, Vec<Case>)> {
         (CHAT, output_form::cases()),
         (COMPLETIONS, output_form::cases()),
         (CHAT, chat::cases()),
+        (batch::PATH, batch::cases()),
         (COMPLETIONS, completions::cases()),
         (RESPONSES, responses::cases()),
         (EMBEDDINGS, embeddings::cases()),
+        (SCORE, embeddings::score()),
         (TOKENIZE, tokens::tokenize()),
         (DETOKENIZE, tokens::detokenize()),
     ]
