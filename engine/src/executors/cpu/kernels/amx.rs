@@ -191,9 +191,11 @@ const UNPACK_AHEAD: usize = 2;
 
 /// Adds to `$totals[m]` the scaled sums of rows `$m`, if they are below `$n_rows`.
 macro_rules! add_rows {
-    ($totals:ident, $n_rows:ident, ($sums:ident, $minima:expr), ($scales:ident, $x_scales:ident, $x_sums:ident), $($m:literal)*) => {
+    ($totals:ident, $n_rows:ident, ($sums:ident, $minima:expr), ($scales:ident, $x_scales:ident, $x_sums:ident),
+        $($m:literal)*) => {
         $(if $m < $n_rows {
-            let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>((&raw const (*$sums)[0][$m]).read()), (&raw const (*$sums)[1][$m]).read());
+            let (high, low) = ((&raw const (*$sums)[0][$m]).read(), (&raw const (*$sums)[1][$m]).read());
+            let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
             let scale = _mm512_mul_ps($scales, _mm512_set1_ps(*$x_scales.add($m)));
             $totals[$m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, $totals[$m]);
             if let Some(minima) = $minima {
@@ -251,7 +253,8 @@ unsafe fn product<const W: usize, const NIBBLES: bool, const SCALES: u8>(
                     let minima = avx2::has_minimum(SCALES).then_some(minima);
                     let sums = &raw const scratch.sums[step % RING];
                     let (x_scales, x_sums) = (x.scales.as_ptr().add(b * width), x.sums.as_ptr().add(b * width));
-                    add_rows!(totals, W, (sums, minima), (scales, x_scales, x_sums), 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+                    add_rows!(totals, W, (sums, minima), (scales, x_scales, x_sums),
+                        0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
                 }
                 turn += 1;
             };
