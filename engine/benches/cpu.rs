@@ -239,7 +239,7 @@ fn products() -> Vec<Case> {
     ];
     let mut cases = Vec::new();
     for (name, dtype, n_rows, n_cols) in shapes {
-        for n_tokens in [1, 4, 8, 16, 64, 512] {
+        for n_tokens in [1, 4, 6, 8, 12, 16, 64, 512] {
             if n_rows * n_tokens > 1 << 21 {
                 continue;
             }

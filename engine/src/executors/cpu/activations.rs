@@ -2,6 +2,8 @@
 
 use std::{cell::RefCell, ops::Range};
 
+use bytemuck::{Pod, Zeroable};
+
 use super::{
     disjoint::Disjoint,
     kernels::{ActivationBlock, Kernels, MAX_WIDTH, QuantizedRows},
@@ -17,11 +19,18 @@ pub struct Activations {
     /// `[n_rows, n_cols]`; empty if no matrix wants floats.
     rows: Vec<f32>,
     /// Block after block as in [`ActivationBlock`]; empty if no matrix wants integers.
-    codes: Vec<i16>,
+    codes: Vec<Line>,
     scales: Vec<f32>,
     sums: Vec<f32>,
     quantized: bool,
+    /// Most rows of a block.
+    max_width: usize,
 }
+
+/// A cache line of codes.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([i16; GROUP]);
 
 impl Activations {
     /// Room for `max_rows` rows of `n_cols`; with `quantized`, as integers too.
@@ -31,10 +40,11 @@ impl Activations {
             n_cols,
             segments: Vec::new(),
             rows: vec![0.0; max_rows * n_cols],
-            codes: vec![0; n],
-            scales: vec![0.0; n / GROUP],
-            sums: vec![0.0; n / GROUP],
+            codes: vec![Line::zeroed(); n / GROUP],
+            scales: vec![0.0; n / GROUP + MAX_WIDTH],
+            sums: vec![0.0; n / GROUP + MAX_WIDTH],
             quantized,
+            max_width: 1,
         }
     }
 
@@ -70,13 +80,14 @@ impl Activations {
             n_rows += n;
             n_rows - n..n_rows
         }));
-        let segments = &self.segments;
+        self.max_width = kernels.max_width;
+        let (segments, max_width) = (&self.segments, self.max_width);
         let n_cols = self.n_cols;
         let n_groups = n_cols / GROUP;
         let per_task = n_rows.div_ceil(4 * pool.n_threads());
         let (quantized, keep) = (self.quantized, !self.rows.is_empty());
         let rows = Disjoint::new(&mut self.rows);
-        let codes = Disjoint::new(&mut self.codes);
+        let codes = Disjoint::<i16>::new(bytemuck::cast_slice_mut(&mut self.codes));
         let (scales, sums) = (Disjoint::new(&mut self.scales), Disjoint::new(&mut self.sums));
         pool.run(n_rows.div_ceil(per_task.max(1)), &|task| {
             for m in task * per_task..((task + 1) * per_task).min(n_rows) {
@@ -84,7 +95,7 @@ impl Activations {
                     fill(m, row);
                     if quantized {
                         let segment = &segments[segments.partition_point(|segment| segment.end <= m)];
-                        let (first, width) = block_of(segment.len(), m - segment.start);
+                        let (first, width) = block_of(max_width, segment.len(), m - segment.start);
                         let first = segment.start + first;
                         let block = QuantizedRows {
                             codes: codes.ptr_at(first * n_cols),
@@ -143,19 +154,20 @@ impl<'a> Rows<'a> {
         let (all, n_rows, origin) = (self.all, self.n_rows(), self.range.start);
         debug_assert!(all.quantized);
         let n_groups = all.n_cols / GROUP;
+        let codes: &[i16] = bytemuck::cast_slice(&all.codes);
         let mut next = 0;
         std::iter::from_fn(move || {
             if next == n_rows {
                 return None;
             }
-            let (start, width) = block_of(n_rows, next);
+            let (start, width) = block_of(all.max_width, n_rows, next);
             next = start + width;
             let of = |per_row: usize| (origin + start) * per_row..(origin + next) * per_row;
             let block = ActivationBlock {
                 width,
-                codes: &all.codes[of(all.n_cols)],
-                scales: &all.scales[of(n_groups)],
-                sums: &all.sums[of(n_groups)],
+                codes: &codes[of(all.n_cols)],
+                scales: &all.scales[of(n_groups).start..],
+                sums: &all.sums[of(n_groups).start..],
             };
             Some((start, block))
         })
@@ -167,10 +179,10 @@ thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// First row and number of rows of the block that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none
+/// First row and number of rows of the block of at most `max_width` that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none
 /// is so narrow that its kernel wastes the weights' decoding.
-fn block_of(n_rows: usize, m: usize) -> (usize, usize) {
-    let n_blocks = n_rows.div_ceil(MAX_WIDTH);
+fn block_of(max_width: usize, n_rows: usize, m: usize) -> (usize, usize) {
+    let n_blocks = n_rows.div_ceil(max_width);
     let (narrow, n_wide) = (n_rows / n_blocks, n_rows % n_blocks);
     // The first `n_wide` blocks have a row more.
     let in_wide = n_wide * (narrow + 1);
@@ -187,15 +199,15 @@ mod tests {
 
     #[test]
     fn blocks_cover_the_rows_in_order() {
-        for n_rows in 1..60 {
+        for (n_rows, max_width) in (1..60).flat_map(|n_rows| [(n_rows, 8), (n_rows, 16)]) {
             let mut next = 0;
             let mut widths = Vec::new();
             while next < n_rows {
-                let (first, width) = block_of(n_rows, next);
+                let (first, width) = block_of(max_width, n_rows, next);
                 assert_eq!(first, next);
-                assert!((1..=MAX_WIDTH).contains(&width));
+                assert!((1..=max_width).contains(&width));
                 for m in first..first + width {
-                    assert_eq!(block_of(n_rows, m), (first, width));
+                    assert_eq!(block_of(max_width, n_rows, m), (first, width));
                 }
                 next += width;
                 widths.push(width);

@@ -165,12 +165,10 @@ fn pack_group(affine: Affine, stored: (usize, usize), rows: &[u8], (group, n_col
     let (blocks, units) = group.split_at_mut(n_blocks * n_bytes);
     let row_bytes = n_blocks / stored.1 * stored.0;
     let mut codes = [0i8; GROUP];
-    for (row, stored_row) in rows.chunks_exact(row_bytes).enumerate() {
-        for (b, block) in blocks.chunks_exact_mut(n_bytes).enumerate() {
+    for (b, block) in blocks.chunks_exact_mut(n_bytes).enumerate() {
+        for (row, stored_row) in rows.chunks_exact(row_bytes).enumerate() {
             let scales = read(&stored_row[b / stored.1 * stored.0..][..stored.0], b % stored.1, &mut codes);
-            for (column, code) in codes.iter().enumerate() {
-                place(kind.nibbles, block, (row, column), *code as u8);
-            }
+            place_row(kind.nibbles, block, row, &codes);
             let put_halves = |to: &mut [u8]| {
                 to[2 * row..][..2].copy_from_slice(&scales.scale.to_le_bytes());
                 if matches!(kind.scales, Scales::WithMinimum | Scales::InUnits) {
@@ -201,9 +199,22 @@ pub const fn position(nibbles: bool, row: usize, column: usize) -> (usize, usize
     }
 }
 
-fn place(nibbles: bool, block: &mut [u8], (row, column): (usize, usize), code: u8) {
-    let (byte, shift) = position(nibbles, row, column);
-    block[byte] |= code << shift;
+/// Writes the codes of a row to their places in a block, see [`position`]: those of eight (nibbles) or four columns are
+/// four bytes.
+fn place_row(nibbles: bool, block: &mut [u8], row: usize, codes: &[i8; GROUP]) {
+    let (vectors, _) = block.as_chunks_mut::<{ 4 * ROWS }>();
+    let places = vectors.iter_mut().map(|vector| &mut vector[4 * row..4 * row + 4]);
+    if nibbles {
+        for (place, codes) in places.zip(codes.as_chunks::<8>().0) {
+            let [a, b, c, d, e, f, g, h] = codes.map(|code| code as u8);
+            place.copy_from_slice(&[a | c << 4, e | g << 4, b | d << 4, f | h << 4]);
+        }
+    } else {
+        for (place, codes) in places.zip(codes.as_chunks::<4>().0) {
+            let [a, b, c, d] = codes.map(|code| code as u8);
+            place.copy_from_slice(&[a, c, b, d]);
+        }
+    }
 }
 
 #[cfg(test)]

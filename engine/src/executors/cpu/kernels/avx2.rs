@@ -3,8 +3,7 @@
 use std::arch::{asm, x86_64::*};
 
 use super::{
-    ActivationBlock, DOT_ROWS, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Operand, Output, QuantizedRows,
-    TILE_COLS,
+    ActivationBlock, DOT_ROWS, Expanded, ExpandedGroup, FloatType, Kernels, Operand, Output, QuantizedRows, TILE_COLS,
     dispatch::{by_codes, by_float, by_tile_rows, by_width},
     elementwise,
 };
@@ -16,7 +15,8 @@ use crate::{
 pub const KERNELS: Kernels = Kernels {
     name: "avx2",
     // Decoding for two blocks costs as much as it saves.
-    expand_from: 3 * MAX_WIDTH + 1,
+    expand_from: 25,
+    max_width: 8,
     affine: affine::<false>,
     expand,
     expanded: expanded::<false>,

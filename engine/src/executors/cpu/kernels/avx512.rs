@@ -4,16 +4,17 @@
 use std::arch::{asm, x86_64::*};
 
 use super::{
-    ActivationBlock, DOT_ROWS, FloatType, Kernels, Operand, Output, TILE_COLS, avx2,
+    ActivationBlock, DOT_ROWS, FloatType, Kernels, Operand, Output, QuantizedRows, TILE_COLS, avx2,
     dispatch::{by_codes, by_float, by_tile_rows, by_width},
 };
 use crate::{
     executors::cpu::packed::{PackedGroups, ROWS, block_bytes},
-    quant::Scales,
+    quant::{GROUP, Scales},
 };
 
-pub static KERNELS: Kernels = Kernels {
+pub const KERNELS: Kernels = Kernels {
     name: "avx512-vnni",
+    max_width: 8,
     // Decoding once gains nothing: the multiplication is limited by what it reads, and decoded codes are four times
     // as many bytes.
     expand_from: usize::MAX,
@@ -24,7 +25,7 @@ pub static KERNELS: Kernels = Kernels {
     tile,
     tile_i8,
     rms_norm: avx2::rms_norm,
-    quantize: avx2::quantize,
+    quantize,
     silu_mul: avx2::silu_mul,
     softmax: avx2::softmax,
     rotate: avx2::rotate,
@@ -47,7 +48,7 @@ fn multiply_add(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn affine(groups: &PackedGroups<'_>, x: &ActivationBlock<'_>, out: Output) {
+pub(super) unsafe fn affine(groups: &PackedGroups<'_>, x: &ActivationBlock<'_>, out: Output) {
     let n_bytes = groups.group_bytes();
     let n_groups = groups.bytes.len() / n_bytes;
     for first in (0..n_groups).step_by(2) {
@@ -68,7 +69,7 @@ unsafe fn affine(groups: &PackedGroups<'_>, x: &ActivationBlock<'_>, out: Output
 /// 32 bytes of each of two groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn load_both([a, b]: [*const u8; 2]) -> __m512i {
+pub(super) unsafe fn load_both([a, b]: [*const u8; 2]) -> __m512i {
     // SAFETY: the caller gives 32 bytes at both.
     unsafe {
         let (a, b) = (_mm256_loadu_si256(a.cast()), _mm256_loadu_si256(b.cast()));
@@ -101,7 +102,7 @@ unsafe fn multiply_pairs<const W: usize>(weights: __m512i, pairs: *const i32, su
 /// As `avx2::load_scales`, of two groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn load_scales<const SCALES: u8>(places: [(*const u8, *const u8); 2]) -> ([__m512; 2], __m512) {
+pub(super) unsafe fn load_scales<const SCALES: u8>(places: [(*const u8, *const u8); 2]) -> ([__m512; 2], __m512) {
     let own = |offset: usize| places.map(|place| place.0.wrapping_add(offset));
     let units = |offset: usize| places.map(|place| place.1.wrapping_add(offset));
     // SAFETY: the caller gives places as of `avx2::scales_of`.
@@ -201,6 +202,46 @@ unsafe fn product<const W: usize, const NIBBLES: bool, const SCALES: u8>(
             let at = out.ptr.add(m * out.stride);
             let total = if out.accumulate { _mm512_add_ps(_mm512_loadu_ps(at), total) } else { total };
             _mm512_storeu_ps(at, total);
+        }
+    }
+}
+
+/// Rounds 32 values to 16-bit integers, which it returns; sets their scale and their sum.
+///
+/// # Safety
+/// Both places must be valid.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn round(values: &[f32; GROUP], scale: *mut f32, sum: *mut f32) -> __m512i {
+    // SAFETY: 32 values; the places are the caller's promise.
+    unsafe {
+        let v = [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))];
+        let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
+        let unit = largest / 32767.0;
+        let inverse = _mm512_set1_ps(if unit > 0.0 { 1.0 / unit } else { 0.0 });
+        let rounded = v.map(|v| _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
+        let total = _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
+        *scale = unit;
+        *sum = unit * total as f32;
+        let [low, high] = rounded.map(|words| _mm512_cvtsepi32_epi16(words));
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn quantize(x: &[f32], (width, row): (usize, usize), block: QuantizedRows) {
+    let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    let places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(width as i32));
+    for (g, values) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let words = round(values, block.scales.add(g * width + row), block.sums.add(g * width + row));
+            let first = block.codes.cast::<i32>().add(g * GROUP / 2 * width + row);
+            if width == 1 {
+                _mm512_storeu_si512(first.cast(), words);
+            } else {
+                _mm512_i32scatter_epi32::<4>(first, places, words);
+            }
         }
     }
 }

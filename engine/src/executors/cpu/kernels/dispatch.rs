@@ -16,21 +16,25 @@ macro_rules! by_width {
     };
 }
 
-/// Calls `$f::<W, NIBBLES, SCALES, $more...>`, where `SCALES` is the kind of scales as a number.
+/// Calls `$f::<W, NIBBLES, SCALES, $more...>`, where `SCALES` is the kind of scales as a number; `$by`: the macro that
+/// makes `W` of the number of rows.
 macro_rules! by_codes {
-    ($codes:expr, $width:expr, $f:ident[$($more:expr),*]($($arg:expr),*)) => {{
+    ($codes:expr, $width:expr, $f:ident[$($more:expr),*]($($arg:expr),*)) => {
+        by_codes!(by_width: $codes, $width, $f[$($more),*]($($arg),*))
+    };
+    ($by:ident: $codes:expr, $width:expr, $f:ident[$($more:expr),*]($($arg:expr),*)) => {{
         use Scales::*;
         match ($codes.nibbles, $codes.scales) {
-            (true, Single) => by_width!($width, $f[true, Single as u8 $(, $more)*]($($arg),*)),
-            (true, AroundEight) => by_width!($width, $f[true, AroundEight as u8 $(, $more)*]($($arg),*)),
-            (true, WithMinimum) => by_width!($width, $f[true, WithMinimum as u8 $(, $more)*]($($arg),*)),
-            (true, InUnits) => by_width!($width, $f[true, InUnits as u8 $(, $more)*]($($arg),*)),
-            (true, BySixteen) => by_width!($width, $f[true, BySixteen as u8 $(, $more)*]($($arg),*)),
-            (false, Single) => by_width!($width, $f[false, Single as u8 $(, $more)*]($($arg),*)),
-            (false, AroundEight) => by_width!($width, $f[false, AroundEight as u8 $(, $more)*]($($arg),*)),
-            (false, WithMinimum) => by_width!($width, $f[false, WithMinimum as u8 $(, $more)*]($($arg),*)),
-            (false, InUnits) => by_width!($width, $f[false, InUnits as u8 $(, $more)*]($($arg),*)),
-            (false, BySixteen) => by_width!($width, $f[false, BySixteen as u8 $(, $more)*]($($arg),*)),
+            (true, Single) => $by!($width, $f[true, Single as u8 $(, $more)*]($($arg),*)),
+            (true, AroundEight) => $by!($width, $f[true, AroundEight as u8 $(, $more)*]($($arg),*)),
+            (true, WithMinimum) => $by!($width, $f[true, WithMinimum as u8 $(, $more)*]($($arg),*)),
+            (true, InUnits) => $by!($width, $f[true, InUnits as u8 $(, $more)*]($($arg),*)),
+            (true, BySixteen) => $by!($width, $f[true, BySixteen as u8 $(, $more)*]($($arg),*)),
+            (false, Single) => $by!($width, $f[false, Single as u8 $(, $more)*]($($arg),*)),
+            (false, AroundEight) => $by!($width, $f[false, AroundEight as u8 $(, $more)*]($($arg),*)),
+            (false, WithMinimum) => $by!($width, $f[false, WithMinimum as u8 $(, $more)*]($($arg),*)),
+            (false, InUnits) => $by!($width, $f[false, InUnits as u8 $(, $more)*]($($arg),*)),
+            (false, BySixteen) => $by!($width, $f[false, BySixteen as u8 $(, $more)*]($($arg),*)),
         }
     }};
 }

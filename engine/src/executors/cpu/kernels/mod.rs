@@ -1,6 +1,8 @@
 //! [`Kernels`]: the inner loops, one table of functions per instruction set.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -21,8 +23,8 @@ use crate::{
     weights::DType,
 };
 
-/// Most activation rows that one call of [`Kernels::affine`] takes.
-pub const MAX_WIDTH: usize = 8;
+/// Most activation rows that one call of [`Kernels::affine`] takes, whatever the instruction set.
+pub const MAX_WIDTH: usize = 16;
 /// Weight rows and most activation rows of [`Kernels::dots`].
 pub const DOT_ROWS: usize = 3;
 /// Most activation rows that one call of [`Kernels::dots`] takes.
@@ -32,16 +34,16 @@ pub const TILE_ROWS: usize = 6;
 /// Columns of [`Kernels::tile`].
 pub const TILE_COLS: usize = 16;
 
-/// Up to [`MAX_WIDTH`] activation rows as 16-bit integers, interleaved.
+/// Up to [`Kernels::max_width`] activation rows as 16-bit integers, as [`Kernels::quantize`] lays them out.
 #[derive(Clone, Copy)]
 pub struct ActivationBlock<'a> {
     /// Rows.
     pub width: usize,
-    /// `[n_cols / 2, width, 2]`.
+    /// `[n_cols / 2, width, 2]`, or what the instruction set prefers.
     pub codes: &'a [i16],
-    /// `[n_cols / 32, width]`: `value = code * scale`.
+    /// `[n_cols / 32, width]`, with [`MAX_WIDTH`] more elements behind: `value = code * scale`.
     pub scales: &'a [f32],
-    /// `[n_cols / 32, width]`: sums of the 32 values.
+    /// `[n_cols / 32, width]`, with [`MAX_WIDTH`] more elements behind: sums of the 32 values.
     pub sums: &'a [f32],
 }
 
@@ -77,7 +79,7 @@ pub const fn scale_columns(scales: Scales) -> usize {
 /// Where the rows of an [`ActivationBlock`] are written.
 #[derive(Clone, Copy)]
 pub struct QuantizedRows {
-    /// `[n_cols / 2, width, 2]`.
+    /// `[n_cols / 2, width, 2]`, or what the instruction set prefers.
     pub codes: *mut i16,
     /// `[n_cols / 32, width]`.
     pub scales: *mut f32,
@@ -142,6 +144,8 @@ pub struct Kernels {
     /// From this many rows of activations on, [`Kernels::expand`] and [`Kernels::expanded`] are faster than
     /// [`Kernels::affine`].
     pub expand_from: usize,
+    /// Most activation rows that one call of [`Kernels::affine`] takes.
+    pub max_width: usize,
     affine: AffineFn,
     expand: ExpandFn,
     expanded: ExpandedFn,
@@ -158,10 +162,10 @@ pub struct Kernels {
     argmax: unsafe fn(&[f32]) -> u32,
 }
 
-/// Panics unless `activations` are one to [`MAX_WIDTH`] rows of `n_blocks` blocks of columns.
-fn check(n_blocks: usize, activations: &ActivationBlock<'_>) {
+/// Panics unless `activations` are one to `max_width` rows of `n_blocks` blocks of columns.
+fn check(max_width: usize, n_blocks: usize, activations: &ActivationBlock<'_>) {
     let width = activations.width;
-    assert!((1..=MAX_WIDTH).contains(&width));
+    assert!((1..=max_width).contains(&width));
     assert!(activations.codes.len() >= n_blocks * GROUP * width && activations.scales.len() >= n_blocks * width);
     assert!(activations.sums.len() >= n_blocks * width);
 }
@@ -176,6 +180,9 @@ impl Kernels {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
             {
+                if amx::is_usable() {
+                    tables.push(&amx::KERNELS);
+                }
                 tables.push(&avx512::KERNELS);
             }
             if is_x86_feature_detected!("avxvnni") {
@@ -200,7 +207,7 @@ impl Kernels {
     /// # Safety
     /// `out` must be valid for `activations.width` rows of these columns, and nobody else may use them meanwhile.
     pub unsafe fn affine(&self, groups: &PackedGroups<'_>, activations: &ActivationBlock<'_>, out: Output) {
-        check(groups.n_blocks(), activations);
+        check(self.max_width, groups.n_blocks(), activations);
         debug_assert!(unit_bytes(groups.codes.scales) == 0 || groups.n_cols.is_multiple_of(256));
         // SAFETY: lengths are checked; `out` is the caller's promise; a table is only had if the machine can run it.
         unsafe { (self.affine)(groups, activations, out) }
@@ -222,7 +229,7 @@ impl Kernels {
     /// As [`Kernels::affine`].
     pub unsafe fn expanded(&self, group: &ExpandedGroup<'_>, activations: &ActivationBlock<'_>, out: Output) {
         let n_blocks = group.minima.len() / 8;
-        check(n_blocks, activations);
+        check(self.max_width, n_blocks, activations);
         assert!(group.codes.len() == n_blocks * 256 && group.minima.len() == n_blocks * 8);
         assert!(group.scales.len() == n_blocks * 8 || group.scales.len() == n_blocks * 16);
         // SAFETY: as in `affine`.

@@ -5,8 +5,7 @@ use std::arch::{aarch64::*, asm};
 use half::{bf16, f16};
 
 use super::{
-    ActivationBlock, DOT_ROWS, Expanded, ExpandedGroup, FloatType, Kernels, MAX_WIDTH, Operand, Output, TILE_COLS,
-    elementwise,
+    ActivationBlock, DOT_ROWS, Expanded, ExpandedGroup, FloatType, Kernels, Operand, Output, TILE_COLS, elementwise,
 };
 use crate::{
     executors::cpu::packed::{BLOCKS_PER_UNIT, PackedGroups, ROWS, block_bytes, scales_offset, unit_bytes},
@@ -15,7 +14,8 @@ use crate::{
 
 pub static KERNELS: Kernels = Kernels {
     name: "neon",
-    expand_from: 3 * MAX_WIDTH + 1,
+    expand_from: 25,
+    max_width: 8,
     affine,
     expand,
     expanded,

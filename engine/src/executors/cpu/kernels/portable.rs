@@ -14,6 +14,7 @@ use crate::{
 pub static KERNELS: Kernels = Kernels {
     name: "portable",
     expand_from: 2,
+    max_width: 8,
     affine,
     expand,
     expanded,

@@ -1,5 +1,7 @@
 //! Each instruction set against double precision and against the portable kernels.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::*;
@@ -125,7 +127,8 @@ fn activations_come_back_from_their_codes() {
         let mut x = noise(N);
         x[40] = 1000.0;
         x[64..].fill(0.0);
-        for width in 1..=MAX_WIDTH {
+        // Wider blocks lie otherwise for tiles; their products are compared below.
+        for width in 1..=if kernels.max_width > 8 { 4 } else { 8 } {
             let (mut codes, mut scales, mut sums) =
                 (vec![0i16; N * width], vec![0f32; N / 32 * width], vec![0f32; N / 32 * width]);
             let block =
@@ -142,6 +145,51 @@ fn activations_come_back_from_their_codes() {
                 let (want, scale) = (values.iter().sum::<f32>(), scales[g * width + row]);
                 assert!((sums[g * width + row] - want).abs() <= 20.0 * scale, "{}", kernels.name);
             }
+        }
+    }
+}
+
+/// `rows` of noise as `kernels` round them, times a random matrix of `format`: `[rows, 24]`, twice.
+#[cfg(target_arch = "x86_64")]
+fn product(kernels: &Kernels, format: &dyn crate::quant::QuantFormat, rows: Range<usize>) -> Vec<f32> {
+    use crate::executors::cpu::{
+        arena::Arena,
+        packed::{PackedMatrix, tests::random_tensor},
+    };
+    const N: usize = 512;
+    let width = rows.len();
+    let tensor = random_tensor(format.ggml_type(), 24, N, 7);
+    let packed = PackedMatrix::pack(&tensor, &mut Arena::default()).expect("memory").expect("has codes");
+    let (mut codes, mut scales, mut sums) =
+        (vec![0i16; N * width], vec![0f32; N / GROUP * width + MAX_WIDTH], vec![0f32; N / GROUP * width + MAX_WIDTH]);
+    for (row, x) in noise(N * MAX_WIDTH)[rows.start * N..rows.end * N].chunks_exact(N).enumerate() {
+        let block = QuantizedRows { codes: codes.as_mut_ptr(), scales: scales.as_mut_ptr(), sums: sums.as_mut_ptr() };
+        // SAFETY: the buffers have room for `width` rows.
+        unsafe { kernels.quantize(x, (width, row), block) };
+    }
+    let block = ActivationBlock { width, codes: &codes, scales: &scales, sums: &sums };
+    let mut out = vec![1.0; width * 24];
+    for accumulate in [false, true] {
+        // SAFETY: `width` rows of 24 columns.
+        unsafe {
+            kernels.affine(&packed.groups(0..3), &block, Output { ptr: out.as_mut_ptr(), stride: 24, accumulate })
+        };
+    }
+    out
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn tiles_make_the_same_bits() {
+    if !is_x86_feature_detected!("avx512vnni") || !amx::is_usable() {
+        eprintln!("not tested: this machine, or its system, has no AMX");
+        return;
+    }
+    for format in crate::quant::FORMATS.iter().filter(|format| format.affine().is_some()) {
+        let row_by_row: Vec<f32> = (0..16).flat_map(|m| product(&avx512::KERNELS, *format, m..m + 1)).collect();
+        for width in 1..=amx::KERNELS.max_width {
+            let rows = product(&amx::KERNELS, *format, 0..width);
+            assert_eq!(rows, row_by_row[..rows.len()], "{}, {width} rows", format.name());
         }
     }
 }
