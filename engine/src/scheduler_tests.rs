@@ -68,6 +68,19 @@ fn decoding_sequences_and_unfinished_prompts_are_counted() {
 }
 
 #[test]
+fn of_decoding_sequences_the_longest_contexts_come_first() {
+    let mut scheduler = Scheduler::new(config(16));
+    for n in [3, 9, 5] {
+        scheduler.add(sequence(10..10 + n, 9));
+    }
+    let step = scheduler.plan().expect("work");
+    scheduler.complete(run(&step, |_, _| 50));
+    scheduler.add(sequence(60..72, 9));
+    let step = scheduler.plan().expect("work");
+    assert_eq!(step.seqs.iter().map(|seq| seq.context_len).collect::<Vec<_>>(), [10, 6, 4, 12]);
+}
+
+#[test]
 fn decoding_comes_before_prompts_and_first_in_the_step() {
     let mut scheduler = Scheduler::new(config(16));
     scheduler.add(sequence(10..14, 9));

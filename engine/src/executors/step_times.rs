@@ -17,7 +17,7 @@ const N_WARMUP: usize = 4;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepLoad {
     text: String,
-    /// Query and context length of each sequence, decoding ones first.
+    /// Query and context length of each sequence, decoding ones first, of these the longest first.
     seqs: Vec<(u32, u32)>,
 }
 
@@ -151,7 +151,7 @@ mod tests {
     fn loads_are_read() {
         let seqs = |text: &str| text.parse::<StepLoad>().map(|load| load.seqs);
         assert_eq!(seqs("2@7"), Ok(vec![(1, 7), (1, 7)]));
-        assert_eq!(seqs("3@10..20"), Ok(vec![(1, 10), (1, 15), (1, 20)]));
+        assert_eq!(seqs("3@10..20"), Ok(vec![(1, 20), (1, 15), (1, 10)]));
         assert_eq!(seqs("1@10..20"), Ok(vec![(1, 10)]));
         assert_eq!(seqs("8/16+1@5"), Ok(vec![(1, 5), (8, 16)]));
         for wrong in ["", "4", "0@5", "4@", "9/8", "a@5", "4@5+"] {
