@@ -29,8 +29,9 @@ use crate::{
     weights::WeightSource,
 };
 
-/// Most query rows of a step, unless asked otherwise.
-const DEFAULT_MAX_TOKENS: usize = 4096;
+/// Most query rows of a step, unless asked otherwise: more are no faster for dense models, keep arrivals waiting and take
+/// memory from the KV cache (docs/log.md).
+const DEFAULT_MAX_TOKENS: usize = 2048;
 /// Most query rows of a step in which sequences decode, beside one waiting prompt, two and so on: multiples of the
 /// products' tiles, from those that cost least beside the weights to those that cost least each (docs/log.md).
 const MIXED_ROWS: &[usize] = &[256, 512, 512, 1024];
