@@ -66,9 +66,7 @@ impl Head {
         }
         Ok(Some(head))
     }
-}
 
-impl Head {
     /// The head that `pooling_type` of a GGUF file says (llama.cpp's `llama_pooling_type`); `None` if it says none.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! `GET /openapi.json`: the endpoints that the model serves as an OpenAPI document, made from the table of routes and the wire types.
+//! `GET /openapi.json`: the endpoints that the model serves as an OpenAPI document, made from the table of routes and
+//! the wire types.
 
 use std::sync::Arc;
 

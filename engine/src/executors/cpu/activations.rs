@@ -179,8 +179,8 @@ thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// First row and number of rows of the block of at most `max_width` that holds row `m` of `n_rows`. Blocks are as equal as can be, so that none
-/// is so narrow that its kernel wastes the weights' decoding.
+/// First row and number of rows of the block of at most `max_width` that holds row `m` of `n_rows`. Blocks are as equal
+/// as can be, so that none is so narrow that its kernel wastes the weights' decoding.
 fn block_of(max_width: usize, n_rows: usize, m: usize) -> (usize, usize) {
     let n_blocks = n_rows.div_ceil(max_width);
     let (narrow, n_wide) = (n_rows / n_blocks, n_rows % n_blocks);

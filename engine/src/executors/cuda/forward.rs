@@ -354,14 +354,14 @@ impl Forward {
 
     fn decode_attention_rope(&self, stream: sys::CUstream, layer: usize, rows: Rows) -> Result<(), Error> {
         // Beside prefill attention nothing of its own stream is ahead.
-        let is_alone = |launch: Launch| Launch { dependent: launch.dependent && rows.n_tiles == 0, ..launch };
+        let on_stream = |launch: Launch| Launch { dependent: launch.dependent && rows.n_tiles == 0, ..launch };
         if let Some(attention) = self.long_attention_of(rows.contexts) {
-            let launch = is_alone(attention.launch(rows.n_decode, rows.decode_blocks));
+            let launch = on_stream(attention.launch(rows.n_decode, rows.decode_blocks));
             return attention.kernel().launch(stream, launch, &self.long_attention_args(layer, rows));
         }
         let args: Vec<_> = self.rope_args(layer).into_iter().chain(self.cache_args(layer, rows)).collect();
         let kernel = self.ops.decode_attention_rope(rows.n_decode, rows.contexts);
-        let launch = is_alone(self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts));
+        let launch = on_stream(self.ops.decode_attention_rope_launch(rows.n_decode, rows.contexts));
         kernel.launch(stream, launch, &args)
     }
 

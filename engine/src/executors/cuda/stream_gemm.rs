@@ -1,7 +1,7 @@
 //! [`StreamGemm`]: the products of steps of a few rows on Hopper, whose time is that of reading the weights
 //! (`kernels/stream_gemm_sm90.cu`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     buffers::StepBuffers,
@@ -75,12 +75,14 @@ pub(super) struct StreamKernels {
     kernels: BTreeMap<Shape, Kernel>,
 }
 
-/// All shapes that products take.
-fn shapes() -> impl Iterator<Item = Shape> {
-    let of = |product: Product| {
-        COLUMNS.into_iter().filter(move |&n| StreamGemm::takes(product, n)).map(move |n| Shape::new(product, n))
-    };
-    Product::ALL.into_iter().flat_map(of).collect::<std::collections::BTreeSet<_>>().into_iter()
+/// The shapes that `product` takes.
+fn shapes_of(product: Product) -> impl Iterator<Item = Shape> {
+    COLUMNS.into_iter().filter(move |&n| StreamGemm::takes(product, n)).map(move |n| Shape::new(product, n))
+}
+
+/// Those of all products.
+fn shapes() -> BTreeSet<Shape> {
+    Product::ALL.into_iter().flat_map(shapes_of).collect()
 }
 
 /// Rows of weights of a tile. A multiprocessor takes in some 85 bytes a nanosecond, weights and activations alike: the more
@@ -101,7 +103,7 @@ impl StreamKernels {
         if !gpu.is_hopper() {
             return Ok(None);
         }
-        let shapes: Vec<Shape> = shapes().collect();
+        let shapes = shapes();
         let variants: Vec<Variant> = shapes.iter().map(|shape| shape.variant()).collect();
         let cubins = compile::compile(&variants, &gpu.arch())?;
         gpu.bind()?;
@@ -182,8 +184,8 @@ impl StreamGemm {
                 Product::GateUp => TensorMap::of_gated_weights(w, size, rows),
                 _ => TensorMap::of_weights(w, size, rows),
             };
-            let n_columns = COLUMNS.into_iter().filter(|&n| Self::takes(product, n));
-            n_columns.map(|n| tile_rows(product, n)).map(|rows| Ok((rows, map(rows)?))).collect()
+            let tile_rows: BTreeSet<usize> = shapes_of(product).map(|shape| shape.tile_rows).collect();
+            tile_rows.into_iter().map(|rows| Ok((rows, map(rows)?))).collect()
         };
         let layers = weights.layers.iter().map(|w| {
             Ok(LayerMaps {
@@ -291,7 +293,7 @@ mod tests {
 
     #[test]
     fn rings_fit_the_multiprocessor() {
-        assert!(shapes().all(|shape| shape.shared_bytes() <= 227 << 10));
+        assert!(shapes().into_iter().all(|shape| shape.shared_bytes() <= 227 << 10));
     }
 
     #[test]

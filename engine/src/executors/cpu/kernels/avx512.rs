@@ -320,8 +320,8 @@ unsafe fn tile_i8((n_rows, depth): (usize, usize), a: Operand<f32>, b: (Operand<
     unsafe { by_tile_rows!(n_rows, tile_of[i8; 4, 4, 4, 2, 2, 2](depth, a, b, out)) }
 }
 
-/// `T`: half-precision numbers as `u16`, or `i8`. `R` rows; `U` values of k at a time, with sums of their own: a multiply-add takes four cycles, and two can start in
-/// each, so fewer than eight sums leave the units idle.
+/// `T`: half-precision numbers as `u16`, or `i8`. `R` rows; `U` values of k at a time, with sums of their own: a
+/// multiply-add takes four cycles, and two can start in each, so fewer than eight sums leave the units idle.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn tile_of<T, const R: usize, const U: usize>(
     depth: usize,

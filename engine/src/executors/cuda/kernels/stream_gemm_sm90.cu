@@ -15,7 +15,8 @@
 // arrive while attention, norms and the tail of the product before still run.
 //
 //   w_map     W, bf16 [n_out, K]: box 64 columns x TILE_ROWS rows. GATED: gate rows, then up rows, seen as
-//             [n_out / 16][2][8][K], box 64 x 8 x 2 x TILE_ROWS / 16, so that a tile's rows are eight of gate, their eight of up, ...
+//             [n_out / 16][2][8][K], box 64 x 8 x 2 x TILE_ROWS / 16, so that a tile's rows are eight of gate, their
+//             eight of up, ...
 //   x_map     x, bf16 [>= BN, K]: box 64 columns x BN rows. Both SWIZZLE_128B, zero fill out of bounds.
 //   out       OUTPUT 0: bf16 [n_rows, n_out]
 //             OUTPUT 1: float32 [split, n_rows, n_out]: each block's part of the sum over K
@@ -24,8 +25,8 @@
 //   n_rows    rows of x that count; more than BN of them, a prompt's, with OUTPUT 2 only
 //   k_blocks  ceil(K / 64)
 //
-// Grid: (split, blocks). Each block takes tiles of TILE_ROWS rows of W and BN rows of x in turn; K is cut into `split` parts (1 unless
-// OUTPUT 1), whose sums the next RMSNorm adds to the residual stream in order: results do not depend on timing. (Adding
+// Grid: (split, blocks). Each block takes tiles of TILE_ROWS rows of W and BN rows of x in turn; K is cut into `split`
+// parts (1 unless OUTPUT 1), whose sums the next RMSNorm adds to the residual stream in order: results do not depend on timing. (Adding
 // them here through distributed shared memory was slower: clusters wait for neighbouring multiprocessors to be free.)
 // Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment) + STAGES * (STAGE_BYTES + 16) + what the last
 // warpgroup's 64 rows go beyond a stage.
