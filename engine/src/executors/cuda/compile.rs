@@ -38,6 +38,8 @@ sources! {
     GEMV = "gemv";
     MOE_GEMM = "moe_gemm";
     MOE_ROUTE = "moe_route";
+    PACK_WEIGHTS = "pack_weights";
+    PACKED_GEMM_SM90 = "packed_gemm_sm90";
     STREAM_GEMM_SM90 = "stream_gemm_sm90";
     DECODE_ATTENTION = "decode_attention";
     DECODE_ATTENTION_SM90 = "decode_attention_sm90";
@@ -49,12 +51,14 @@ sources! {
 }
 
 /// Texts that the sources include.
-static HEADERS: [(&CStr, &str); 5] = [
+static HEADERS: [(&CStr, &str); 7] = [
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"decode_page.cuh", include_str!("kernels/decode_page.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
+    (c"packed.cuh", include_str!("kernels/packed.cuh")),
     (c"sampling.cuh", include_str!("kernels/sampling.cuh")),
+    (c"stream_tile.cuh", include_str!("kernels/stream_tile.cuh")),
 ];
 
 /// A source with its macros: what is compiled.

@@ -22,6 +22,7 @@ use super::{
     long_attention::LongAttention,
     memory::DeviceBuffer,
     ops::{Contexts, Gemv, Ops},
+    packed_weights::MatrixAt,
     product::Product,
     side_stream::{SideStream, decode_share},
     stream_gemm::StreamGemm,
@@ -42,6 +43,8 @@ pub(super) struct Forward {
     /// Of models that have them.
     pub(super) experts: Option<Experts>,
     pub(super) weights: Weights,
+    /// Whether any of [`Self::weights`] has 12 bits: the GEMVs read bf16.
+    pub(super) packed: bool,
     pub(super) buffers: StepBuffers,
     pub(super) layout: Layout,
     /// float32 `[max_position, head_dim]`: cosines, then sines.
@@ -98,7 +101,7 @@ impl Forward {
             Ptr(self.buffers.x.ptr()),
             Ptr(self.weights.final_norm.ptr()),
             Float(s.norm_eps),
-            Ptr(self.weights.lm_head()),
+            Ptr(self.raw((Product::Logits, 0))?),
             Ptr(self.buffers.logits.ptr()),
             Int(s.vocab_size as i32),
             Ptr(0),
@@ -110,7 +113,7 @@ impl Forward {
 
     /// Whether a decode step of `bucket` sequences runs through GEMV kernels.
     pub(super) fn uses_gemv(&self, bucket: usize) -> bool {
-        self.experts.is_none() && bucket <= self.ops.max_gemv_rows()
+        self.experts.is_none() && !self.packed && bucket <= self.ops.max_gemv_rows()
     }
 
     /// Whether layers have an MLP, be it a shared expert.
@@ -142,9 +145,17 @@ impl Forward {
         self.norm(gpu, self.weights.final_norm.ptr(), 0, n)
     }
 
-    /// Whether a product is one for [`StreamGemm`].
-    pub(super) fn streams(&self, product: Product, n: usize) -> bool {
-        self.stream_gemm.is_some() && StreamGemm::takes(product, n)
+    /// Whether a product, with its layer, is one for [`StreamGemm`].
+    pub(super) fn streams(&self, product: (Product, usize), n: usize) -> bool {
+        self.stream_gemm.as_ref().is_some_and(|stream_gemm| stream_gemm.takes(product, n))
+    }
+
+    /// The bf16 weights of a product that [`StreamGemm`] does not take.
+    pub(super) fn raw(&self, product: (Product, usize)) -> Result<u64, Error> {
+        match self.weights.matrix(product) {
+            MatrixAt::Raw(w) => Ok(w),
+            MatrixAt::Packed { .. } => Err(Error::Device(format!("no kernel for packed weights of {product:?}"))),
+        }
     }
 
     /// `product` for `n` rows in cuBLASLt.
@@ -204,30 +215,32 @@ impl Forward {
     fn product(&mut self, gpu: &Gpu, (product, layer): (Product, usize), n: usize) -> Result<(), Error> {
         let b = &self.buffers;
         let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
-        if self.streams(product, n)
-            && let Some(stream_gemm) = &self.stream_gemm
+        if let Some(stream_gemm) = &self.stream_gemm
+            && stream_gemm.takes((product, layer), n)
         {
+            let adds = stream_gemm.adds((product, layer), n);
             let out = match product {
                 Product::Qkv => b.qkv.ptr(),
+                Product::O | Product::Down if adds => x,
                 Product::O | Product::Down => b.parts.ptr(),
                 Product::GateUp => act,
                 Product::Logits => b.logits.ptr(),
             };
             let parts = stream_gemm.run(gpu, (product, layer), n, out)?;
-            if matches!(product, Product::O | Product::Down) {
+            if matches!(product, Product::O | Product::Down) && !adds {
                 self.pending = Pending { parts, rows: n };
             }
             return Ok(());
         }
-        let w = &self.weights.layers[layer];
-        let operands = match product {
-            Product::Qkv => Operands { x: h, w: w.qkv.ptr(), y: b.qkv.ptr() },
-            Product::O => Operands { x: b.attn_out.ptr(), w: w.o.ptr(), y: x },
-            Product::GateUp => Operands { x: h, w: w.gate_up.ptr(), y: b.gate_up.ptr() },
-            Product::Down => Operands { x: act, w: w.down.ptr(), y: x },
-            Product::Logits => Operands { x: h, w: self.weights.lm_head(), y: b.logits.ptr() },
+        let (x, y) = match product {
+            Product::Qkv => (h, b.qkv.ptr()),
+            Product::O => (b.attn_out.ptr(), x),
+            Product::GateUp => (h, b.gate_up.ptr()),
+            Product::Down => (act, x),
+            Product::Logits => (h, b.logits.ptr()),
         };
-        self.gemm.run(gpu, self.gemm_shape(product, n), operands)?;
+        let w = self.raw((product, layer))?;
+        self.gemm.run(gpu, self.gemm_shape(product, n), Operands { x, w, y })?;
         if product != Product::GateUp {
             return Ok(());
         }
@@ -299,7 +312,7 @@ impl Forward {
             x,
             Ptr(w.input_norm.ptr()),
             Float(s.norm_eps),
-            Ptr(w.qkv.ptr()),
+            Ptr(self.raw((Product::Qkv, layer))?),
             Ptr(0),
             Ptr(b.qkv.ptr()),
             Int(n_qkv as i32),
@@ -313,18 +326,18 @@ impl Forward {
             self.decode_attention_rope(gpu.cu_stream(), layer, rows)?;
         }
         let hidden = Int(s.hidden_size as i32);
-        run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(w.o.ptr()), x, hidden, n_rows])?;
+        run(&gemvs.o, &[Ptr(b.attn_out.ptr()), Ptr(self.raw((Product::O, layer))?), x, hidden, n_rows])?;
         let gate_up_args = [
             x,
             Ptr(w.post_attention_norm.ptr()),
             Float(s.norm_eps),
-            Ptr(w.gate_up.ptr()),
+            Ptr(self.raw((Product::GateUp, layer))?),
             Ptr(b.act.ptr()),
             Int(s.intermediate_size as i32),
             n_rows,
         ];
         run(&gemvs.gate_up, &gate_up_args)?;
-        run(&gemvs.down, &[Ptr(b.act.ptr()), Ptr(w.down.ptr()), x, hidden, n_rows])
+        run(&gemvs.down, &[Ptr(b.act.ptr()), Ptr(self.raw((Product::Down, layer))?), x, hidden, n_rows])
     }
 
     fn rope_kv(&self, gpu: &Gpu, layer: usize, tokens: TokenSections, rows: Range<usize>) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! [`Weights`]: the model's weights on the device in bf16, with q/k/v and gate/up in one matrix each.
 //!
 //! Tensors stream through two pinned buffers: while one is copied, all threads convert into the other. Dummy weights
-//! are made on the device.
+//! are made on the device. On Hopper matrices are packed there, one after the other ([`Packer`]).
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,8 @@ use super::{
     experts::router_rows,
     kernel::{Arg, Kernel, Launch},
     memory::{DeviceBuffer, PinnedBuffer},
+    packed_weights::{Matrix, MatrixAt, Packer},
+    product::Product,
     status::Check,
 };
 use crate::{
@@ -24,14 +26,14 @@ use crate::{
 /// Bytes of a pinned buffer.
 const STAGING_BYTES: usize = 64 << 20;
 
-/// All weights; `[rows, columns]` row-major bf16.
+/// All weights; `[rows, columns]` row-major bf16, or packed.
 pub(super) struct Weights {
     /// `[vocab_size, hidden_size]`.
     pub(super) embedding: DeviceBuffer,
     /// `[hidden_size]`.
     pub(super) final_norm: DeviceBuffer,
     /// `[vocab_size, hidden_size]`; `None` when it is the embedding.
-    lm_head: Option<DeviceBuffer>,
+    lm_head: Option<Matrix>,
     /// One per block.
     pub(super) layers: Vec<LayerWeights>,
 }
@@ -41,7 +43,7 @@ pub(super) struct LayerWeights {
     /// `[hidden_size]`.
     pub(super) input_norm: DeviceBuffer,
     /// q, k, v: `[(n_heads + 2 n_kv_heads) * head_dim, hidden_size]`.
-    pub(super) qkv: DeviceBuffer,
+    qkv: Matrix,
     /// q, k, v: `[(n_heads + 2 n_kv_heads) * head_dim]`.
     qkv_bias: Option<DeviceBuffer>,
     /// `[head_dim]`.
@@ -49,14 +51,14 @@ pub(super) struct LayerWeights {
     /// `[head_dim]`.
     k_norm: Option<DeviceBuffer>,
     /// `[hidden_size, n_heads * head_dim]`.
-    pub(super) o: DeviceBuffer,
+    o: Matrix,
     /// `[hidden_size]`.
     pub(super) post_attention_norm: DeviceBuffer,
     /// Of the MLP, or of the shared expert; a model of experts alone has one byte here and in `down`. gate, up:
     /// `[2 * intermediate_size, hidden_size]`.
-    pub(super) gate_up: DeviceBuffer,
+    gate_up: Matrix,
     /// `[hidden_size, intermediate_size]`.
-    pub(super) down: DeviceBuffer,
+    down: Matrix,
     /// `None` if the model has none.
     pub(super) experts: Option<ExpertWeights>,
 }
@@ -77,9 +79,36 @@ fn ptr_or_null(buffer: Option<&DeviceBuffer>) -> u64 {
 }
 
 impl Weights {
-    /// Address of the output projection.
-    pub(super) fn lm_head(&self) -> u64 {
-        self.lm_head.as_ref().unwrap_or(&self.embedding).ptr()
+    /// The matrix of `product` of `layer`.
+    pub(super) fn matrix(&self, (product, layer): (Product, usize)) -> MatrixAt {
+        let w = &self.layers[layer];
+        match product {
+            Product::Qkv => w.qkv.at(),
+            Product::O => w.o.at(),
+            Product::GateUp => w.gate_up.at(),
+            Product::Down => w.down.at(),
+            Product::Logits => self.lm_head.as_ref().map_or(MatrixAt::Raw(self.embedding.ptr()), Matrix::at),
+        }
+    }
+
+    /// Every product with its layer.
+    fn products(&self) -> impl Iterator<Item = (Product, usize)> {
+        let of_layer = |layer| Product::LAYER.map(move |product| (product, layer));
+        (0..self.layers.len()).flat_map(of_layer).chain([(Product::Logits, 0)])
+    }
+
+    /// Whether any matrix has 12 bits a weight.
+    pub(super) fn any_packed(&self) -> bool {
+        self.products().any(|product| self.matrix(product).is_packed())
+    }
+
+    /// Says how many matrices have 12 bits a weight.
+    fn report(&self) {
+        let n_packed = self.products().filter(|&product| self.matrix(product).is_packed()).count();
+        if n_packed > 0 {
+            let n_products = self.products().count();
+            tracing::info!("{n_packed} of {n_products} matrices of weights hold their bfloat16 in 12 bits a weight");
+        }
     }
 }
 
@@ -93,16 +122,50 @@ impl LayerWeights {
     pub(super) fn qk_norms(&self) -> (u64, u64) {
         (ptr_or_null(self.q_norm.as_ref()), ptr_or_null(self.k_norm.as_ref()))
     }
+
+    /// Those of layer `layer`.
+    fn load(loader: &mut Loader<'_>, layer: usize) -> Result<Self, Error> {
+        use LayerWeight::*;
+        let (gpu, spec) = (loader.gpu, loader.spec);
+        let of_layer = |weights: &[LayerWeight]| -> Vec<Weight> {
+            weights.iter().map(|&weight| Weight::Layer(layer, weight)).collect()
+        };
+        let experts = match spec.moe_of(layer) {
+            Some(moe) => Some(ExpertWeights::load(loader, layer, moe)?),
+            None => None,
+        };
+        let (gate_up, down): (&[LayerWeight], &[LayerWeight]) = match experts {
+            None => (&[GateProj, UpProj], &[DownProj]),
+            Some(_) => (&[SharedGateProj, SharedUpProj], &[SharedDownProj]),
+        };
+        let mut matrix = |product, weights: &[LayerWeight]| match loader.matrix(product, &of_layer(weights))? {
+            Some(matrix) => Ok(matrix),
+            None => DeviceBuffer::new(gpu, 1, "no weight").map(Matrix::Raw),
+        };
+        let (qkv, o) = (matrix(Product::Qkv, &[QProj, KProj, VProj])?, matrix(Product::O, &[OProj])?);
+        let (gate_up, down) = (matrix(Product::GateUp, gate_up)?, matrix(Product::Down, down)?);
+        Ok(Self {
+            input_norm: loader.required(&of_layer(&[InputNorm]))?,
+            qkv,
+            qkv_bias: loader.buffer(&of_layer(&[QBias, KBias, VBias]))?,
+            q_norm: loader.buffer(&of_layer(&[QNorm]))?,
+            k_norm: loader.buffer(&of_layer(&[KNorm]))?,
+            o,
+            post_attention_norm: loader.required(&of_layer(&[PostAttentionNorm]))?,
+            gate_up,
+            down,
+            experts,
+        })
+    }
 }
 
 impl ExpertWeights {
-    /// Those of layer `layer`; `get` puts weights one after the other in a new buffer.
-    fn load(
-        gpu: &Gpu,
-        (layer, moe): (usize, &Moe),
-        get: &mut impl FnMut(&[Weight]) -> Result<Option<DeviceBuffer>, Error>,
-    ) -> Result<Self, Error> {
-        let mut required = |weights: &[Weight]| Ok::<_, Error>(get(weights)?.expect("every mixture has this weight"));
+    /// Those of layer `layer`.
+    fn load(loader: &mut Loader<'_>, layer: usize, moe: &Moe) -> Result<Self, Error> {
+        let gpu = loader.gpu;
+        let mut required = |weights: &[Weight]| {
+            Ok::<_, Error>(loader.buffer(weights)?.expect("every mixture has this weight"))
+        };
         let routers = [LayerWeight::Router, LayerWeight::SharedRouter].map(|w| Weight::Layer(layer, w));
         let logits = required(&routers)?;
         let n_logits = moe.n_experts + usize::from(moe.shared_intermediate_size.is_some());
@@ -151,77 +214,83 @@ pub(super) fn load(gpu: &Gpu, spec: &DecoderSpec, origin: Origin<'_>) -> Result<
             gpu.name
         )));
     }
-    let mut loader = match origin {
-        Origin::Source(source) => Loader::Copy(Staging::new(gpu, source, n_bytes)?),
-        Origin::Dummy(seed) => Loader::Dummy(DummyFill::new(gpu, seed)?),
+    let filler = match origin {
+        Origin::Source(source) => Filler::Copy(Staging::new(gpu, source, n_bytes)?),
+        Origin::Dummy(seed) => Filler::Dummy(DummyFill::new(gpu, seed)?),
     };
-    let mut get = |weights: &[Weight]| loader.load(gpu, spec, weights);
-    let required = |buffer: Option<DeviceBuffer>| buffer.expect("every model has this weight");
-    let embedding = required(get(&[Weight::Embedding])?);
-    let mut layers = Vec::with_capacity(spec.n_layers);
-    for layer in 0..spec.n_layers {
-        use LayerWeight::*;
-        let experts = match spec.moe_of(layer) {
-            Some(moe) => Some(ExpertWeights::load(gpu, (layer, moe), &mut get)?),
-            None => None,
-        };
-        let mut get = |weights: &[LayerWeight]| {
-            let weights: Vec<_> = weights.iter().map(|&w| Weight::Layer(layer, w)).collect();
-            get(&weights)
-        };
-        let (gate_up, down): (&[LayerWeight], &[LayerWeight]) = match experts {
-            None => (&[GateProj, UpProj], &[DownProj]),
-            Some(_) => (&[SharedGateProj, SharedUpProj], &[SharedDownProj]),
-        };
-        let or_empty = |buffer: Option<DeviceBuffer>| match buffer {
-            Some(buffer) => Ok(buffer),
-            None => DeviceBuffer::new(gpu, 1, "no weight"),
-        };
-        layers.push(LayerWeights {
-            input_norm: required(get(&[InputNorm])?),
-            qkv: required(get(&[QProj, KProj, VProj])?),
-            qkv_bias: get(&[QBias, KBias, VBias])?,
-            q_norm: get(&[QNorm])?,
-            k_norm: get(&[KNorm])?,
-            o: required(get(&[OProj])?),
-            post_attention_norm: required(get(&[PostAttentionNorm])?),
-            gate_up: or_empty(get(gate_up)?)?,
-            down: or_empty(get(down)?)?,
-            experts,
-        });
-    }
-    let final_norm = required(get(&[Weight::FinalNorm])?);
-    let lm_head = get(&[Weight::LmHead])?;
+    let mut loader = Loader { gpu, spec, filler, packer: Packer::new(gpu, spec)? };
+    let embedding = loader.required(&[Weight::Embedding])?;
+    let layers = (0..spec.n_layers).map(|layer| LayerWeights::load(&mut loader, layer)).collect::<Result<_, _>>()?;
+    let final_norm = loader.required(&[Weight::FinalNorm])?;
+    let lm_head = loader.matrix(Product::Logits, &[Weight::LmHead])?;
     gpu.synchronize()?;
-    Ok(Weights { embedding, final_norm, lm_head, layers })
+    let weights = Weights { embedding, final_norm, lm_head, layers };
+    weights.report();
+    Ok(weights)
 }
 
-/// The two ways to fill a buffer.
-enum Loader<'a> {
-    Copy(Staging<'a>),
-    Dummy(DummyFill),
+/// Puts weights on the device.
+struct Loader<'a> {
+    gpu: &'a Gpu,
+    spec: &'a DecoderSpec,
+    filler: Filler<'a>,
+    packer: Option<Packer>,
 }
 
 impl Loader<'_> {
     /// `weights` one after the other in a new buffer; `None` if the model has none of them.
-    fn load(&mut self, gpu: &Gpu, spec: &DecoderSpec, weights: &[Weight]) -> Result<Option<DeviceBuffer>, Error> {
-        let shapes: Vec<_> = weights.iter().filter_map(|&w| spec.shape(w).map(|shape| (w, shape))).collect();
-        if shapes.is_empty() {
+    fn buffer(&mut self, weights: &[Weight]) -> Result<Option<DeviceBuffer>, Error> {
+        let n_elements = self.n_elements(weights);
+        if n_elements == 0 {
             return Ok(None);
         }
-        let n_elements = |shape: &[usize]| shape.iter().product::<usize>();
-        let total: usize = shapes.iter().map(|(_, shape)| n_elements(shape)).sum();
-        let buffer = DeviceBuffer::new(gpu, total * 2, "a weight")?;
-        let mut to = buffer.ptr();
-        for (weight, shape) in &shapes {
-            match self {
-                Self::Copy(staging) => staging.copy(gpu, *weight, to)?,
-                Self::Dummy(dummy) => dummy.fill(gpu, *weight, shape, to)?,
-            }
-            to += n_elements(shape) as u64 * 2;
-        }
+        let buffer = DeviceBuffer::new(self.gpu, n_elements * 2, "a weight")?;
+        self.fill(weights, buffer.ptr())?;
         Ok(Some(buffer))
     }
+
+    /// [`Self::buffer`] of weights that every model has.
+    fn required(&mut self, weights: &[Weight]) -> Result<DeviceBuffer, Error> {
+        Ok(self.buffer(weights)?.expect("every model has this weight"))
+    }
+
+    /// `weights` one below the other, as the matrix of `product`.
+    fn matrix(&mut self, product: Product, weights: &[Weight]) -> Result<Option<Matrix>, Error> {
+        let size = product.size(self.spec);
+        match &self.packer {
+            Some(packer) if packer.takes(size) && self.n_elements(weights) == size.0 * size.1 => {
+                let raw = packer.raw();
+                self.fill(weights, raw)?;
+                let packer = self.packer.as_ref().expect("it was there");
+                packer.pack(self.gpu, size, product == Product::GateUp).map(Some)
+            }
+            _ => Ok(self.buffer(weights)?.map(Matrix::Raw)),
+        }
+    }
+
+    /// Numbers that those of `weights` that the model has consist of.
+    fn n_elements(&self, weights: &[Weight]) -> usize {
+        weights.iter().filter_map(|&weight| self.spec.shape(weight)).map(|shape| shape.iter().product::<usize>()).sum()
+    }
+
+    /// `weights` one after the other from address `to` on.
+    fn fill(&mut self, weights: &[Weight], mut to: u64) -> Result<(), Error> {
+        for &weight in weights {
+            let Some(shape) = self.spec.shape(weight) else { continue };
+            match &mut self.filler {
+                Filler::Copy(staging) => staging.copy(self.gpu, weight, to)?,
+                Filler::Dummy(dummy) => dummy.fill(self.gpu, weight, &shape, to)?,
+            }
+            to += shape.iter().product::<usize>() as u64 * 2;
+        }
+        Ok(())
+    }
+}
+
+/// The two ways to fill a buffer.
+enum Filler<'a> {
+    Copy(Staging<'a>),
+    Dummy(DummyFill),
 }
 
 /// Two pinned buffers between a source and the device.

@@ -30,6 +30,7 @@ mod logit_edits;
 mod long_attention;
 mod memory;
 mod ops;
+mod packed_weights;
 mod plan;
 mod product;
 mod sampling;

@@ -179,6 +179,7 @@ pub(super) fn run(
         long_attention,
         side: SideStream::new(gpu)?,
         experts: experts.transpose()?,
+        packed: weights.any_packed(),
         weights,
         buffers,
         layout,
@@ -249,13 +250,6 @@ fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Erro
     let sizes: std::collections::BTreeSet<_> =
         decode.clone().chain(chunks).map(padded_rows).filter(|&m| m <= max_rows).collect();
     let layers = [0, 1, 2].map(|i| i * forward.spec.n_layers / 3);
-    let weights = layers.map(|i| &forward.weights.layers[i]);
-    let weights = [
-        weights.map(|w| w.qkv.ptr()),
-        weights.map(|w| w.o.ptr()),
-        weights.map(|w| w.gate_up.ptr()),
-        weights.map(|w| w.down.ptr()),
-    ];
     let b = &forward.buffers;
     let xy = [
         (b.h.ptr(), b.qkv.ptr()),
@@ -265,16 +259,20 @@ fn tune(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Result<(), Erro
     ];
     let (h, logits) = (b.h.ptr(), b.logits.ptr());
     for &m in &sizes {
-        for (i, product) in Product::LAYER.into_iter().enumerate() {
+        for (product, xy) in Product::LAYER.into_iter().zip(xy) {
             let runs = forward.has_mlp() || !matches!(product, Product::GateUp | Product::Down);
-            if runs && !forward.streams(product, m) {
+            let is_for_gemm = |&layer: &usize| !forward.streams((product, layer), m);
+            let raw = layers.iter().copied().filter(is_for_gemm).map(|layer| forward.raw((product, layer)));
+            let weights = raw.collect::<Result<Vec<_>, _>>()?;
+            if runs && !weights.is_empty() {
                 let shape = forward.gemm_shape(product, m);
-                forward.gemm.tune(gpu, shape, &weights[i], xy[i])?;
+                forward.gemm.tune(gpu, shape, &weights, xy)?;
             }
         }
-        if m <= limits.logits_rows() && !forward.streams(Product::Logits, m) {
+        if m <= limits.logits_rows() && !forward.streams((Product::Logits, 0), m) {
             let shape = forward.gemm_shape(Product::Logits, m);
-            forward.gemm.tune(gpu, shape, &[forward.weights.lm_head()], (h, logits))?;
+            let weights = [forward.raw((Product::Logits, 0))?];
+            forward.gemm.tune(gpu, shape, &weights, (h, logits))?;
         }
     }
     forward.gemm.save();

@@ -3,7 +3,10 @@
 
 use cudarc::driver::sys;
 
-use super::status::Check;
+use super::{
+    packed_weights::{BLOCK_BYTES, BLOCK_COLUMNS, BLOCK_ROWS},
+    status::Check,
+};
 use crate::Error;
 
 /// Columns of a box: the width of the 128-byte swizzle, in bf16.
@@ -41,6 +44,20 @@ impl TensorMap {
         Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, box_rows as u32 / 16], WHOLE_LINES)
     }
 
+    /// Blocks of packed weights `[n, k]` at address `planes`, in boxes of the blocks of `box_rows` rows and one column.
+    pub(super) fn of_packed(planes: u64, (n, k): (usize, usize), box_rows: usize) -> Result<Self, Error> {
+        let across = (k / BLOCK_COLUMNS) as u64;
+        let row_bytes = BLOCK_BYTES as u64;
+        let layout = Layout {
+            element: sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+            dims: &[row_bytes / 8, across, (n / BLOCK_ROWS) as u64],
+            strides: &[row_bytes, row_bytes * across],
+            box_dims: &[BLOCK_BYTES as u32 / 8, 1, (box_rows / BLOCK_ROWS) as u32],
+            swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+        };
+        layout.encode(planes, WHOLE_LINES)
+    }
+
     /// `dims` and `box_rows` from the innermost out, the box's columns left out; `strides` in elements.
     fn encode(
         address: u64,
@@ -49,35 +66,60 @@ impl TensorMap {
         box_rows: &[u32],
         promotion: sys::CUtensorMapL2promotion,
     ) -> Result<Self, Error> {
-        // SAFETY: all zeros is a valid value of this plain struct.
-        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
         let dims: Vec<u64> = dims.iter().map(|&n| n as u64).collect();
         let strides: Vec<u64> = strides.iter().map(|&n| n as u64 * 2).collect();
         let box_dims: Vec<u32> = [BOX_COLUMNS].iter().chain(box_rows).copied().collect();
-        let element_strides = vec![1; dims.len()];
-        // SAFETY: all pointers are to arrays of the rank's length; the driver copies them.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                dims.len() as u32,
-                address as *mut std::ffi::c_void,
-                dims.as_ptr(),
-                strides.as_ptr(),
-                box_dims.as_ptr(),
-                element_strides.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                promotion,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .check("cuTensorMapEncodeTiled")?;
-        Ok(Self(map))
+        let layout = Layout {
+            element: sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            dims: &dims,
+            strides: &strides,
+            box_dims: &box_dims,
+            swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        layout.encode(address, promotion)
     }
 
     /// Where the map lies, for a launch's list of parameters.
     pub(super) fn as_param(&self) -> *mut std::ffi::c_void {
         std::ptr::from_ref(&self.0).cast_mut().cast()
+    }
+}
+
+/// What a tensor map says, from the innermost dimension out.
+struct Layout<'a> {
+    element: sys::CUtensorMapDataType,
+    /// In elements.
+    dims: &'a [u64],
+    /// In bytes, the innermost left out.
+    strides: &'a [u64],
+    /// In elements.
+    box_dims: &'a [u32],
+    swizzle: sys::CUtensorMapSwizzle,
+}
+
+impl Layout<'_> {
+    fn encode(&self, address: u64, promotion: sys::CUtensorMapL2promotion) -> Result<TensorMap, Error> {
+        // SAFETY: all zeros is a valid value of this plain struct.
+        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+        let element_strides = vec![1; self.dims.len()];
+        // SAFETY: all pointers are to arrays of the rank's length; the driver copies them.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                self.element,
+                self.dims.len() as u32,
+                address as *mut std::ffi::c_void,
+                self.dims.as_ptr(),
+                self.strides.as_ptr(),
+                self.box_dims.as_ptr(),
+                element_strides.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                self.swizzle,
+                promotion,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .check("cuTensorMapEncodeTiled")?;
+        Ok(TensorMap(map))
     }
 }

@@ -33,33 +33,24 @@
 //
 // The tensor cores take W as their 64 rows and the activations as columns, so a batch of 16 wastes nothing.
 
-#include "hopper.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 #ifndef BN
 #define BN 128  // columns: rows of x, a multiple of 8 up to 256
+#endif
+#ifndef TILE_ROWS
+#define TILE_ROWS 128  // rows of W of a tile, a multiple of 16 up to 256
 #endif
 #ifndef RING_BYTES
 #define RING_BYTES 208000  // of which a whole number of stages is used
 #endif
+#include "stream_tile.cuh"
 
-constexpr bool GATED = OUTPUT == 2;
-#ifndef TILE_ROWS
-#define TILE_ROWS 128  // rows of W of a tile, a multiple of 16 up to 256
-#endif
-constexpr int N_CONSUMERS = (TILE_ROWS + 63) / 64;
-constexpr int THREADS = N_CONSUMERS * 128 + 32;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 constexpr int W_BYTES = TILE_ROWS * 128;
 constexpr int STAGE_BYTES = W_BYTES + BN * 128;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES;
-constexpr int GROUP_X = 8;  // tiles of x that blocks at work at one time share
 constexpr int BARRIER_OFFSET = STAGES * STAGE_BYTES;
-static_assert(BN % 8 == 0 && BN <= 256, "BN must be a multiple of 8 up to 256");
-static_assert(TILE_ROWS % 16 == 0 && TILE_ROWS <= 256, "TILE_ROWS must be a multiple of 16 up to 256");
 static_assert(STAGES >= 2, "the ring is too small");
-// Cache policies of createpolicy.fractional: weights pass once, activations are read by every block.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
 #define WGMMA(N, REGS, W, X, ...)                                                                              \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, " W ", " X ", 1, 1, 1, 0, 0;" \
@@ -99,77 +90,6 @@ DEVICE void load_weights(unsigned dst, const TensorMap* map, int k, int row, uns
             "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
             "l"(map), "r"(k), "r"(row), "r"(bar), "l"(policy)
             : "memory");
-}
-DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, int row, unsigned bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
-        "l"(map), "r"(k), "r"(row), "r"(bar), "l"(EVICT_LAST)
-        : "memory");
-}
-
-// The block's share of the work: stages of 64 columns of K, tile after tile.
-struct Share {
-    int first_tile, n_tiles, tile_step;
-    int first_k, n_k;  // 64-column blocks
-    int n_w, n_x;      // tiles of rows of W, of x
-
-    __device__ __forceinline__ Share(int n_out, int n_rows, int k_blocks) {
-        const int split = gridDim.x, part = blockIdx.x;
-        n_w = (n_out + TILE_ROWS - 1) / TILE_ROWS;
-        n_x = (n_rows + BN - 1) / BN;
-        n_tiles = n_w * n_x;
-        first_tile = blockIdx.y;
-        tile_step = gridDim.y;
-        first_k = k_blocks * part / split;
-        n_k = k_blocks * (part + 1) / split - first_k;
-    }
-    // First rows of W and of x of a tile. The blocks at work at one time share a few tiles of W and GROUP_X of x, so
-    // that both are read from the L2 cache.
-    __device__ __forceinline__ void rows_of(int tile, int& w, int& x) const {
-        const int group = tile / (n_w * GROUP_X), in_group = tile - group * n_w * GROUP_X;
-        const int width = min(GROUP_X, n_x - group * GROUP_X);
-        w = in_group / width * TILE_ROWS;
-        x = (group * GROUP_X + in_group % width) * BN;
-    }
-};
-
-// first, second: two neighbouring columns of this lane's row. Lanes of even rows keep the first column, those of odd
-// rows the second, each for both rows: a word to store.
-DEVICE unsigned pair_rows(float first, float second, int odd) {
-    const float got = __shfl_xor_sync(FULL_WARP, odd ? first : second, 4);
-    return odd ? pack_bf16(got, second) : pack_bf16(first, got);
-}
-
-// From registers to global memory. row: of the result, this lane's first; end: of the tile's; width: of a row of the
-// result.
-DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int end, int width, int n_rows) {
-    const int lane = threadIdx.x % 32, t = lane % 4, odd = lane / 4 % 2;
-    constexpr bool PAIRS = OUTPUT != 1;
-    // One pointer that walks: addresses of all columns at once would not fit beside the accumulators.
-    long long at = (long long)(2 * t + (PAIRS ? odd : 0)) * width + row - (PAIRS ? odd : 0);
-#pragma unroll
-    for (int j = 0; j < BN / 8; ++j, at += 8ll * width) {
-        const float* v = acc + 4 * j;
-        const int column = 8 * j + 2 * t;
-        if constexpr (GATED) {
-            const unsigned pair = pair_rows(silu(v[0]) * v[2], silu(v[1]) * v[3], odd);
-            if (column + odd < n_rows && row < end) *(unsigned*)((bf16*)out + at) = pair;
-        } else if constexpr (PAIRS) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const unsigned pair = pair_rows(v[2 * h], v[2 * h + 1], odd);
-                if (column + odd < n_rows && row + 8 * h < end) *(unsigned*)((bf16*)out + at + 8 * h) = pair;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float* to = (float*)out + at + (i % 2 ? width : 0) + i / 2 * 8;
-                if (column + i % 2 < n_rows && row + i / 2 * 8 < end) *to = v[i];
-            }
-        }
-        asm volatile("" : "+l"(at));
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -1,0 +1,214 @@
+// variant: bf16_16 OUTPUT=0 BN=16
+// variant: bf16_128_narrow OUTPUT=0 BN=128 TILE_ROWS=48 K_GROUPS=2
+// variant: bf16_192_narrow OUTPUT=0 BN=192 TILE_ROWS=48
+// variant: bf16_256 OUTPUT=0 BN=256
+// variant: f32_8 OUTPUT=1 BN=8 TILE_ROWS=64 K_GROUPS=2
+// variant: f32_96 OUTPUT=1 BN=96 TILE_ROWS=64 K_GROUPS=2
+// variant: f32_128 OUTPUT=1 BN=128 TILE_ROWS=64 K_GROUPS=2
+// variant: f32_192 OUTPUT=1 BN=192 TILE_ROWS=64
+// variant: gated_16 OUTPUT=2 BN=16 TILE_ROWS=112
+// variant: gated_128 OUTPUT=2 BN=128 TILE_ROWS=112
+// variant: gated_192 OUTPUT=2 BN=192
+// variant: gated_256 OUTPUT=2 BN=256
+// variant: add_256 OUTPUT=3 BN=256
+// variant: add_128 OUTPUT=3 BN=128
+// variant: add_128_narrow OUTPUT=3 BN=128 TILE_ROWS=64 K_GROUPS=2
+//
+// stream_gemm_sm90.cu's products with weights in 12 bits each (packed.cuh), for Hopper (sm_90a only): the same results
+// from a quarter fewer bytes. The copy engine brings blocks as they lie; each warp unpacks the 16 rows of a tile that
+// are its part of the warpgroup's 64 into registers, from where the tensor cores take them, while they still compute the
+// stage before.
+//
+//   w_map     the packed matrix's planes, of 8-byte elements [n_out / 16][K / 64][192]: box 192 x 1 x TILE_ROWS / 16
+//   extras    its extras; GATED in the order that pack_weights gives rows
+//   x_map     x, bf16 [>= BN, K]: box 64 columns x BN rows, SWIZZLE_128B, zero fill out of bounds
+//   out       see stream_tile.cuh
+//   n_out     rows of W, a multiple of 16
+//   n_rows    rows of x that count; more than BN of them are taken in tiles, with a split of 1
+//   k_blocks  K / 64
+//
+// Grid: (split, blocks), split 1, with OUTPUT 1 perhaps 2 or 4. Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment)
+// + STAGES * (BN * 128 + W_BYTES + 16) + SUM_BYTES + what the last warpgroup's four blocks go beyond a stage.
+
+#ifndef BN
+#define BN 128  // columns: rows of x, a multiple of 8 up to 256
+#endif
+#ifndef TILE_ROWS
+#define TILE_ROWS 128  // rows of W of a tile, a multiple of 16 up to 256
+#endif
+#ifndef RING_BYTES
+#define RING_BYTES 208000  // of which a whole number of stages is used
+#endif
+#define MANY_REGISTERS (BN > 128)
+#include "packed.cuh"
+#include "stream_tile.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int TILE_BLOCKS = TILE_ROWS / 16;
+constexpr int X_BYTES = BN * 128;
+constexpr int W_BYTES = TILE_BLOCKS * PACKED_BLOCK;
+// Sums of the warpgroups that are not the first of their tile's turns.
+constexpr int SUM_BYTES = (K_GROUPS - 1) * TILE_GROUPS * 128 * BN / 2 * 4;
+constexpr int STAGES = (RING_BYTES - SUM_BYTES) / (X_BYTES + W_BYTES);
+static_assert(STAGES >= 2, "the ring is too small");
+static_assert(K_GROUPS <= 2, "one sum is added to another");
+
+#define WGMMA(N, REGS, A, X, ...)                                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, {" A "}, " X ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
+
+// d[64 x N] += a[64 x 16] x[N x 16]^T, x from shared memory.
+template <int N> DEVICE void wgmma(float* d, const u32 (&a)[4], u64 x) {
+    if constexpr (N == 8) WGMMA(8, REGS4, "%4, %5, %6, %7", "%8", ACC4(d, 0));
+    if constexpr (N == 16) WGMMA(16, REGS8, "%8, %9, %10, %11", "%12", ACC8(d, 0));
+    if constexpr (N == 32) WGMMA(32, REGS16, "%16, %17, %18, %19", "%20", ACC16(d, 0));
+    if constexpr (N == 64) WGMMA(64, REGS32, "%32, %33, %34, %35", "%36", ACC32(d));
+    if constexpr (N == 128) WGMMA(128, REGS64, "%64, %65, %66, %67", "%68", ACC64(d));
+}
+
+// The columns from FIRST on, in pieces of a power of two.
+template <int FIRST> DEVICE void wgmma_columns(float* d, const u32 (&a)[4], u32 x) {
+    constexpr int LEFT = BN - FIRST;
+    if constexpr (LEFT > 0) {
+        constexpr int N = LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
+        wgmma<N>(d + FIRST / 2, a, descriptor(x + FIRST * 128, 16));
+        wgmma_columns<FIRST + N>(d, a, x);
+    }
+}
+
+// A tile's blocks of one 64 columns, from rows `row` on.
+DEVICE void load_blocks(u32 dst, const TensorMap* map, int k, int row, u32 bar, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
+        "l"(map), "r"(0), "r"(k), "r"(row / 16), "r"(bar), "l"(policy)
+        : "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras, const __grid_constant__ TensorMap x_map,
+            void* out, int n_out, int n_rows, int k_blocks) {
+    extern __shared__ unsigned char smem_raw[];
+    const u32 ring = ((u32)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
+    const u32 w_ring = ring + STAGES * X_BYTES;
+    const u32 full = w_ring + STAGES * W_BYTES, empty = full + 8 * STAGES;
+    const u32 sums_of_others = ring + STAGES * (X_BYTES + W_BYTES + 16);
+    const int warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const Share share(n_out, n_rows, k_blocks);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(full + 8 * i, 1);
+            mbarrier_init(empty + 8 * i, TILE_GROUPS * 4);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    PDL_TRIGGER();
+
+    if (warp >= N_CONSUMERS * 4) {
+        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp > N_CONSUMERS * 4 || lane > 0) return;
+        int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
+        int w_row, x_row;
+        const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
+        const auto weights = [&](int k) {
+            mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);
+            load_blocks(w_ring + slot * W_BYTES, &w_map, k, w_row, full + 8 * slot, policy);
+        };
+        const auto activations = [&](int k) {
+            load_activations(ring + slot * X_BYTES, &x_map, k * 64, x_row, full + 8 * slot);
+        };
+        const auto advance = [&] {
+            if (++slot == STAGES) slot = 0, phase ^= 1;
+        };
+        // The ring's first round: weights before the wait, activations after it.
+        const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
+        share.rows_of(share.first_tile, w_row, x_row);
+        for (int k = 0; k < n_first; ++k, advance()) weights(share.first_k + k);
+        PDL_WAIT();
+        slot = 0, phase = 1;
+        for (int k = 0; k < n_first; ++k, advance()) activations(share.first_k + k);
+        for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
+            share.rows_of(tile, w_row, x_row);
+            for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
+                mbarrier_wait(empty + 8 * slot, phase);
+                weights(share.first_k + k);
+                activations(share.first_k + k);
+            }
+        }
+    } else {
+        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        const int group = warp / 4 / TILE_GROUPS, warp_row = warp % (TILE_GROUPS * 4) * 16;
+        // Of the warp's 16 rows of a tile; past the matrix's end any will do.
+        const auto first_row = [&](int tile) {
+            int w_row, x_row;
+            share.rows_of(min(tile, share.n_tiles - 1), w_row, x_row);
+            return min(w_row + warp_row, n_out - 16);
+        };
+        const auto window = [&](int row) { return (u32)extras[row + lane / 4]; };
+        int row_of_w = first_row(share.first_tile);
+        u32 next_g = window(row_of_w), next_g8 = window(row_of_w + 8);
+        // A split is 1, 2 or 4: its parts begin where quarters do.
+        const int quarter = blockIdx.x * 4 / gridDim.x;
+        Escapes escapes(extras, n_out, row_of_w, quarter);
+        PDL_WAIT();
+        if constexpr (OUTPUT == 1) out = (float*)out + (long long)blockIdx.x * n_rows * n_out;
+        int n_stages = 0;  // before this tile
+        for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step, n_stages += share.n_k) {
+            const Window g(next_g), g8(next_g8);
+            if (tile != share.first_tile) escapes = Escapes(extras, n_out, row_of_w, quarter);
+            row_of_w = first_row(tile + share.tile_step);
+            next_g = window(row_of_w), next_g8 = window(row_of_w + 8);
+            float acc[BN / 2];
+#pragma unroll
+            for (int i = 0; i < BN / 2; ++i) acc[i] = 0.0f;
+            // A warp has two sets of registers for its weights: one is filled while the products of the other run.
+            u32 even[4][4], odd[4][4];
+            int last_slot = -1;
+            const auto stage = [&](u32 (&a)[4][4], int k) {
+                const int slot = (n_stages + k) % STAGES, phase = (n_stages + k) / STAGES % 2;
+                mbarrier_wait(full + 8 * slot, phase);
+                unpack_block(a, w_ring + slot * W_BYTES + warp_row / 16 * PACKED_BLOCK, g, g8);
+                escapes.patch(a, share.first_k + k);
+                wgmma_fence();
+#pragma unroll
+                for (int step = 0; step < 4; ++step) wgmma_columns<0>(acc, a[step], ring + slot * X_BYTES + step * 32);
+                wgmma_commit();
+                // The products of the stage before are done: its slot may be filled again.
+                wgmma_wait<1>();
+                if (lane == 0 && last_slot >= 0) mbarrier_arrive(empty + 8 * last_slot);
+                last_slot = slot;
+            };
+            int k = group;
+            for (; k + K_GROUPS < share.n_k; k += 2 * K_GROUPS) stage(even, k), stage(odd, k + K_GROUPS);
+            if (k < share.n_k) stage(even, k);
+            wgmma_wait<0>();
+            if (lane == 0 && last_slot >= 0) mbarrier_arrive(empty + 8 * last_slot);
+            if constexpr (K_GROUPS == 2) {
+                float* sums = (float*)(smem_raw + (sums_of_others - (u32)__cvta_generic_to_shared(smem_raw))) +
+                              threadIdx.x % (TILE_GROUPS * 128);
+                if (group == 1)
+#pragma unroll
+                    for (int i = 0; i < BN / 2; ++i) sums[i * TILE_GROUPS * 128] = acc[i];
+                named_sync(1, N_CONSUMERS * 128);
+                if (group == 0)
+#pragma unroll
+                    for (int i = 0; i < BN / 2; ++i) acc[i] += sums[i * TILE_GROUPS * 128];
+                named_sync(2, N_CONSUMERS * 128);
+                if (group == 1) continue;
+            }
+            int w_row, x_row;
+            share.rows_of(tile, w_row, x_row);
+            const int row = w_row + warp_row, width = GATED ? n_out / 2 : n_out;
+            void* rows = OUTPUT == 1 || OUTPUT == 3 ? (void*)((float*)out + (long long)x_row * width)
+                                                    : (void*)((bf16*)out + (long long)x_row * width);
+            const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
+            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,165 @@
+//! [`Packer`]: weights in 12 bits each, every bit of their bf16 kept, for Hopper's products of any number of rows
+//! (`kernels/packed.cuh` describes the format). A quarter fewer bytes are read, and a quarter fewer kept.
+
+use cudarc::driver::sys;
+
+use super::{
+    compile::{self, Variant},
+    device::Gpu,
+    kernel::{Arg, Kernel, Launch},
+    memory::DeviceBuffer,
+    product::Product,
+    status::Check,
+};
+use crate::{Error, decoder::DecoderSpec};
+
+/// Rows and columns of a block, and its bytes.
+pub(super) const BLOCK_ROWS: usize = 16;
+pub(super) const BLOCK_COLUMNS: usize = 64;
+pub(super) const BLOCK_BYTES: usize = 1536;
+/// Bytes of a weight outside of its row's window, and of what tells a warp where to begin in 16 rows' list of them.
+const ESCAPE_BYTES: usize = 8;
+const START_BYTES: usize = 4 * 16;
+/// A matrix with more than one such weight for this many stays as it is: each holds its warp up for some 50 cycles.
+const WEIGHTS_PER_ESCAPE: usize = 1024;
+
+/// A matrix of weights on the device.
+pub(super) enum Matrix {
+    /// bf16, row-major.
+    Raw(DeviceBuffer),
+    /// 12 bits a weight.
+    Packed {
+        /// Blocks.
+        planes: DeviceBuffer,
+        /// Windows and the weights outside of them.
+        extras: DeviceBuffer,
+    },
+}
+
+/// Where a matrix of weights lies.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum MatrixAt {
+    /// Address of bf16, row-major.
+    Raw(u64),
+    /// Addresses of [`Matrix::Packed`]'s parts.
+    Packed {
+        /// Blocks.
+        planes: u64,
+        /// Windows and the weights outside of them.
+        extras: u64,
+    },
+}
+
+impl Matrix {
+    /// Its addresses.
+    pub(super) fn at(&self) -> MatrixAt {
+        match self {
+            Self::Raw(buffer) => MatrixAt::Raw(buffer.ptr()),
+            Self::Packed { planes, extras } => MatrixAt::Packed { planes: planes.ptr(), extras: extras.ptr() },
+        }
+    }
+}
+
+impl MatrixAt {
+    /// Whether the matrix has 12 bits a weight.
+    pub(super) fn is_packed(self) -> bool {
+        matches!(self, Self::Packed { .. })
+    }
+}
+
+/// Packs one matrix after the other.
+pub(super) struct Packer {
+    choose_windows: Kernel,
+    pack_weights: Kernel,
+    /// bf16, the largest matrix: what is to be packed.
+    raw: DeviceBuffer,
+    /// For as many rows as a matrix has, at most: windows, numbers of weights outside of them by 16 rows, their sums.
+    windows: DeviceBuffer,
+    n_outside: DeviceBuffer,
+    begins: DeviceBuffer,
+}
+
+/// Whether a matrix of this size is made of whole blocks.
+fn is_whole((n, k): (usize, usize)) -> bool {
+    n.is_multiple_of(BLOCK_ROWS) && k.is_multiple_of(BLOCK_COLUMNS)
+}
+
+/// The products of `spec` that have a matrix of their own.
+fn own_matrices(spec: &DecoderSpec) -> impl Iterator<Item = (usize, usize)> {
+    let products = Product::ALL.into_iter().filter(|&product| product != Product::Logits || !spec.tie_embeddings);
+    products.map(|product| product.size(spec)).filter(|&size| is_whole(size))
+}
+
+impl Packer {
+    /// For the matrices of `spec`; `None` where the kernels that read them do not run, or for no matrix.
+    pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Option<Self>, Error> {
+        let (Some(n_weights), Some(n_rows)) =
+            (own_matrices(spec).map(|(n, k)| n * k).max(), own_matrices(spec).map(|(n, _)| n).max())
+        else {
+            return Ok(None);
+        };
+        if !gpu.is_hopper() {
+            return Ok(None);
+        }
+        let cubins = compile::compile(&[Variant::new(&compile::PACK_WEIGHTS, &[])], &gpu.arch())?;
+        gpu.bind()?;
+        let [choose_windows, pack_weights] = Kernel::load(&cubins[0], ["choose_windows", "pack_weights"])?;
+        let n_groups = n_rows / BLOCK_ROWS;
+        Ok(Some(Self {
+            choose_windows,
+            pack_weights,
+            raw: DeviceBuffer::new(gpu, n_weights * 2, "a matrix of weights")?,
+            windows: DeviceBuffer::new(gpu, n_rows, "windows of exponents")?,
+            n_outside: DeviceBuffer::new(gpu, n_groups * 4, "numbers of weights")?,
+            begins: DeviceBuffer::new(gpu, (n_groups + 1) * 4, "numbers of weights")?,
+        }))
+    }
+
+    /// Whether a matrix of this size can be packed; then its bf16 go to the address [`Self::raw`].
+    pub(super) fn takes(&self, size: (usize, usize)) -> bool {
+        is_whole(size) && size.0 * size.1 * 2 <= self.raw.n_bytes() && size.0 <= self.windows.n_bytes()
+    }
+
+    /// Address for the bf16 of the matrix to be packed next.
+    pub(super) fn raw(&self) -> u64 {
+        self.raw.ptr()
+    }
+
+    /// The matrix at [`Self::raw`], of `n` rows of `k`, packed, or a copy of it if too many of its weights have unusual
+    /// exponents. `gated`: gate rows, then up rows, which the products want eight by eight.
+    pub(super) fn pack(&self, gpu: &Gpu, (n, k): (usize, usize), gated: bool) -> Result<Matrix, Error> {
+        let n_groups = n / BLOCK_ROWS;
+        let launch =
+            Launch { grid: [n_groups.div_ceil(8) as u32, 1, 1], block: 256, shared_bytes: 0, dependent: false };
+        let size = [Arg::Int(n as i32), Arg::Int(k as i32), Arg::Int(gated.into())];
+        let raw = Arg::Ptr(self.raw.ptr());
+        let args = [raw, Arg::Ptr(self.windows.ptr()), Arg::Ptr(self.n_outside.ptr()), size[0], size[1], size[2]];
+        self.choose_windows.launch(gpu.cu_stream(), launch, &args)?;
+        let mut n_escapes = 0;
+        let begins: Vec<i32> = std::iter::once(0)
+            .chain(self.n_outside.read::<i32>(gpu, 0, n_groups)?.into_iter().map(|outside| {
+                n_escapes += outside as usize;
+                n_escapes as i32
+            }))
+            .collect();
+        if n_escapes > n * k / WEIGHTS_PER_ESCAPE {
+            let copy = DeviceBuffer::new(gpu, n * k * 2, "a weight")?;
+            copy_within(gpu, copy.ptr(), self.raw.ptr(), n * k * 2)?;
+            return Ok(Matrix::Raw(copy));
+        }
+        let planes = DeviceBuffer::new(gpu, n_groups * (k / BLOCK_COLUMNS) * BLOCK_BYTES, "a weight")?;
+        let extras = DeviceBuffer::new(gpu, n + n_groups * START_BYTES + n_escapes * ESCAPE_BYTES, "a weight")?;
+        self.begins.write(gpu, 0, &begins)?;
+        copy_within(gpu, extras.ptr(), self.windows.ptr(), n)?;
+        let [planes_at, extras_at, begins] = [&planes, &extras, &self.begins].map(|buffer| Arg::Ptr(buffer.ptr()));
+        let args = [raw, planes_at, extras_at, begins, size[0], size[1], size[2]];
+        self.pack_weights.launch(gpu.cu_stream(), launch, &args)?;
+        Ok(Matrix::Packed { planes, extras })
+    }
+}
+
+/// Copies `n_bytes` on the device, in the stream's order.
+fn copy_within(gpu: &Gpu, to: u64, from: u64, n_bytes: usize) -> Result<(), Error> {
+    // SAFETY: the callers' buffers have this size and live until the stream is done with them.
+    unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, n_bytes, gpu.cu_stream()) }.check("cuMemcpyDtoDAsync")
+}
