@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 /// Left for planning and launching, beside a tenth of the step.
 const MARGIN: Duration = Duration::from_micros(300);
+/// How much longer than the one before a step may be taken to be. A step that the host was late to collect, or to plan,
+/// seems longer than it was; if the next one were planned by that time, it would be late, too, and so on.
+const MAX_GROWTH: f32 = 1.05;
 
 /// When the running step began, and how long such steps take.
 #[derive(Debug, Default)]
@@ -24,7 +27,8 @@ impl Pace {
         if let Some(began) = self.began
             && only_decoded
         {
-            self.step = now - began;
+            let took = now - began;
+            self.step = if self.step.is_zero() { took } else { took.min(self.step.mul_f32(MAX_GROWTH)) };
         }
         self.began = next_runs.then_some(now);
     }
@@ -51,6 +55,17 @@ mod tests {
         pace.collected(start + ms(10), true, true);
         let wait = pace.deadline().expect("a deadline") - (start + ms(10));
         assert!(wait > ms(8) && wait < ms(9), "{wait:?}");
+    }
+
+    #[test]
+    fn a_step_that_was_collected_late_does_not_make_the_next_ones_late() {
+        let ms = Duration::from_millis;
+        let start = Instant::now();
+        let mut pace = Pace::default();
+        pace.collected(start, true, true);
+        pace.collected(start + ms(10), true, true);
+        pace.collected(start + ms(40), true, true);
+        assert!(pace.deadline().expect("a deadline") < start + ms(50));
     }
 
     #[test]

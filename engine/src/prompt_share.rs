@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::executors::MixedSteps;
+use crate::{executors::MixedSteps, scheduler::Demand};
 
 /// How much longer a step may take than one that only decodes. Below 3, so that the bound holds for the slow ones too.
 const MAX_STRETCH: f64 = 2.4;
@@ -18,6 +18,8 @@ const MAX_MIXED_STEPS: u32 = 16;
 
 /// Fewest prompt tokens that rows are bounded to, however many sequences decode.
 const MIN_PROMPT_ROWS: usize = 128;
+/// Steps of the fewest rows whose tokens may wait before a step gets more rows.
+const SHORT_QUEUE_STEPS: usize = 2;
 
 /// How an executor's prompt chunks are cut.
 #[derive(Debug)]
@@ -36,12 +38,15 @@ impl PromptShare {
         }
     }
 
-    /// Most prompt tokens of the next step, if it decodes, when so many sequences decode and so many prompts wait.
-    pub(crate) fn budget(&self, n_decoding: usize, n_prompts: usize) -> usize {
+    /// Most prompt tokens of the next step, if it decodes.
+    pub(crate) fn budget(&self, demand: Demand) -> usize {
         match self {
             Self::Rows(rows) => {
+                // Short prompts that a few steps of the fewest rows take in are no queue.
+                let is_short = rows.first().is_some_and(|&rows| demand.n_prompt_tokens <= SHORT_QUEUE_STEPS * rows);
+                let n_prompts = if is_short { 1 } else { demand.n_prompts };
                 let by_queue = rows.get(n_prompts.saturating_sub(1)).or(rows.last());
-                by_queue.map_or(usize::MAX, |rows| rows.saturating_sub(n_decoding).max(MIN_PROMPT_ROWS))
+                by_queue.map_or(usize::MAX, |rows| rows.saturating_sub(demand.n_decoding).max(MIN_PROMPT_ROWS))
             }
             Self::Timed(share) => share.budget(),
         }
@@ -120,9 +125,12 @@ mod tests {
     #[test]
     fn more_waiting_prompts_get_more_rows() {
         let share = PromptShare::new(MixedSteps::Rows(&[256, 512, 1024]));
-        assert_eq!([1, 2, 3, 9].map(|n_prompts| share.budget(16, n_prompts)), [240, 496, 1008, 1008]);
-        assert_eq!(share.budget(250, 1), MIN_PROMPT_ROWS, "prompts get on beside many decoding sequences");
-        assert_eq!(share.budget(0, 0), 256);
+        let budget =
+            |n_decoding, n_prompts, n_prompt_tokens| share.budget(Demand { n_decoding, n_prompts, n_prompt_tokens });
+        assert_eq!([1, 2, 3, 9].map(|n_prompts| budget(16, n_prompts, 5000)), [240, 496, 1008, 1008]);
+        assert_eq!(budget(16, 5, 400), 240, "short prompts are no queue");
+        assert_eq!(budget(250, 1, 5000), MIN_PROMPT_ROWS, "prompts get on beside many decoding sequences");
+        assert_eq!(budget(0, 0, 0), 256);
     }
 
     #[test]

@@ -34,6 +34,24 @@ pub struct SchedulerConfig {
     pub enable_prefix_caching: bool,
 }
 
+/// What a step has to choose from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Sequences that would decode.
+    pub n_decoding: usize,
+    /// Those whose prompts are not computed, in the batch or waiting for it.
+    pub n_prompts: usize,
+    /// What is not computed of them.
+    pub n_prompt_tokens: usize,
+}
+
+impl Demand {
+    fn add_prompt(&mut self, n_tokens: usize) {
+        self.n_prompts += 1;
+        self.n_prompt_tokens += n_tokens;
+    }
+}
+
 /// Counters since start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SchedulerCounters {
@@ -182,11 +200,18 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Sequences that would decode in a step planned now, and those whose prompts are not computed, in the batch or
-    /// waiting for it.
-    pub fn n_decoding_and_prompts(&self) -> (usize, usize) {
-        let to_schedule = || self.running.iter().map(|id| self.seqs[id].n_to_schedule());
-        (to_schedule().filter(|&n| n == 1).count(), to_schedule().filter(|&n| n > 1).count() + self.waiting.len())
+    /// What a step planned now would have to choose from.
+    pub fn demand(&self) -> Demand {
+        let mut demand = Demand::default();
+        let to_schedule = |id: &SeqId| self.seqs[id].n_to_schedule();
+        for n in self.running.iter().map(to_schedule).filter(|&n| n > 0) {
+            match n {
+                1 => demand.n_decoding += 1,
+                _ => demand.add_prompt(n),
+            }
+        }
+        self.waiting.iter().map(to_schedule).for_each(|n| demand.add_prompt(n));
+        demand
     }
 
     /// The page pool.

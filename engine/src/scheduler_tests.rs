@@ -57,14 +57,15 @@ fn a_prompt_is_cut_to_the_budget_and_then_decoded() {
 fn decoding_sequences_and_unfinished_prompts_are_counted() {
     let mut scheduler = Scheduler::new(config(16));
     scheduler.add(sequence(10..30, 9));
-    assert_eq!(scheduler.n_decoding_and_prompts(), (0, 1));
+    assert_eq!(scheduler.demand(), Demand { n_decoding: 0, n_prompts: 1, n_prompt_tokens: 20 });
     scheduler.plan().expect("work");
     scheduler.add(sequence(100..150, 9));
     scheduler.add(sequence(200..230, 9));
-    assert_eq!(scheduler.n_decoding_and_prompts(), (1, 2));
+    assert_eq!(scheduler.demand(), Demand { n_decoding: 1, n_prompts: 2, n_prompt_tokens: 80 });
     let step = scheduler.plan().expect("work");
     assert_eq!(step.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), [1, 31]);
-    assert_eq!(scheduler.n_decoding_and_prompts(), (1, 2), "one prompt is half done");
+    let expected = Demand { n_decoding: 1, n_prompts: 2, n_prompt_tokens: 49 };
+    assert_eq!(scheduler.demand(), expected, "one prompt is half done");
 }
 
 #[test]

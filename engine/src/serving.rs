@@ -181,8 +181,8 @@ impl Serving {
             }
             self.drop_cancelled();
             while self.scheduler.n_in_flight() < self.max_in_flight {
-                let (n_decoding, n_prompts) = self.scheduler.n_decoding_and_prompts();
-                self.scheduler.set_prompt_budget(self.prompt_share.budget(n_decoding, n_prompts));
+                let budget = self.prompt_share.budget(self.scheduler.demand());
+                self.scheduler.set_prompt_budget(budget);
                 let Some(step) = self.scheduler.plan() else {
                     break;
                 };

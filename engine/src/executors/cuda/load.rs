@@ -163,9 +163,8 @@ impl ExpertWeights {
     /// Those of layer `layer`.
     fn load(loader: &mut Loader<'_>, layer: usize, moe: &Moe) -> Result<Self, Error> {
         let gpu = loader.gpu;
-        let mut required = |weights: &[Weight]| {
-            Ok::<_, Error>(loader.buffer(weights)?.expect("every mixture has this weight"))
-        };
+        let mut required =
+            |weights: &[Weight]| Ok::<_, Error>(loader.buffer(weights)?.expect("every mixture has this weight"));
         let routers = [LayerWeight::Router, LayerWeight::SharedRouter].map(|w| Weight::Layer(layer, w));
         let logits = required(&routers)?;
         let n_logits = moe.n_experts + usize::from(moe.shared_intermediate_size.is_some());

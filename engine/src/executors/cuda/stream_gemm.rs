@@ -17,18 +17,19 @@ use super::{
 use crate::{Error, decoder::DecoderSpec};
 
 /// Most rows of each kernel.
-const COLUMNS: [usize; 9] = [8, 16, 32, 48, 64, 96, 128, 192, 256];
+const COLUMNS: [usize; 11] = [8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256];
 /// Most rows for which every product of bf16 weights is faster here than in cuBLASLt on an H100 (docs/log.md); the gate
 /// and up projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to
 /// [`MAX_LOGITS_ROWS`]. More rows are a prompt's: they are taken in tiles, and add to the residual stream themselves.
 const MAX_ROWS: usize = 192;
+const MAX_PACKED_ROWS: usize = 256;
 const MAX_LOGITS_ROWS: usize = 64;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
 const RING_BYTES: usize = 208_000;
 /// Tiles for more rows than [`MAX_ROWS`], rows of packed weights and of activations, and microseconds that one takes for
 /// 4,096 columns (docs/log.md).
-const PROMPT_TILES: [((usize, usize), f64); 4] =
-    [((128, 256), 45.0), ((128, 192), 36.5), ((128, 128), 27.0), ((64, 128), 19.5)];
+const PROMPT_TILES: [((usize, usize), f64); 5] =
+    [((128, 256), 52.0), ((128, 192), 42.5), ((192, 128), 43.0), ((128, 128), 30.5), ((64, 128), 20.8)];
 
 /// One compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,10 +70,15 @@ impl Shape {
         }
     }
 
-    /// Warpgroups that take the stages of a tile in turns: one alone would wait for its latencies, two of them for the
-    /// tensor cores where tiles have many columns.
+    /// Warpgroups that take the stages of a tile in turns: one alone needs 450 cycles for a stage, its latencies. With
+    /// many columns the tensor cores set the time.
     fn k_groups(self) -> usize {
-        if self.packed && self.tile_rows <= 64 && self.columns <= 128 { 2 } else { 1 }
+        match self.columns {
+            _ if !self.packed || self.tile_rows > 64 => 1,
+            ..=16 => 4,
+            ..=128 => 2,
+            _ => 1,
+        }
     }
 
     /// Dynamic shared memory: the swizzle's alignment, stages with their barriers, sums of the second warpgroup, and what
@@ -91,7 +97,7 @@ impl Shape {
     /// Threads of a block: a warpgroup for each 64 rows of a tile, those of the other turns, and a warp that loads. With
     /// many sums in registers it takes a whole warpgroup, whose registers the others get.
     fn n_threads(self) -> u32 {
-        let loading = if self.packed && self.columns > 128 { 128 } else { 32 };
+        let loading = if self.packed && (self.columns > 128 || self.tile_rows > 128) { 128 } else { 32 };
         (self.tile_rows.div_ceil(64) * self.k_groups() * 128 + loading) as u32
     }
 
@@ -126,6 +132,7 @@ fn tile_rows(product: Product, columns: usize) -> usize {
 fn packed_tile_rows(product: Product, columns: usize) -> usize {
     match (product, columns) {
         (Product::Qkv, 48..) => 48,
+        (Product::Down, 96..) => 128,
         (Product::Qkv | Product::O | Product::Down, _) => 64,
         (Product::GateUp, ..=128) => 112,
         _ => 128,
@@ -136,12 +143,7 @@ fn packed_tile_rows(product: Product, columns: usize) -> usize {
 fn shapes_of(packed: bool, product: Product) -> Vec<Shape> {
     let of_prompts = PROMPT_TILES.map(|(tile, _)| Shape::of_prompts(product, tile));
     match packed {
-        true => COLUMNS
-            .into_iter()
-            .filter(|&columns| columns <= MAX_ROWS)
-            .map(|columns| Shape::new(true, product, columns))
-            .chain(of_prompts)
-            .collect(),
+        true => COLUMNS.into_iter().map(|columns| Shape::new(true, product, columns)).chain(of_prompts).collect(),
         false => COLUMNS
             .into_iter()
             .filter(|&columns| takes_raw(product, columns))
@@ -307,14 +309,14 @@ impl StreamGemm {
 
     /// Float32 numbers that the parts of [`Product::O`] and [`Product::Down`] take, at most.
     pub(super) fn max_part_numbers(spec: &DecoderSpec) -> usize {
-        COLUMNS.iter().filter(|&&n| n <= MAX_ROWS).map(|&n| n * max_split(n)).max().unwrap_or(0) * spec.hidden_size
+        COLUMNS.iter().map(|&n| n * 4).max().unwrap_or(0) * spec.hidden_size
     }
 
     /// The kernel for `product` of `n` rows.
     fn shape(&self, (product, layer): (Product, usize), n: usize) -> Shape {
         let n_out = product.size(&self.spec).0;
         let packed = self.weights((product, layer)).extras.is_some();
-        if packed && n > MAX_ROWS {
+        if packed && n > MAX_PACKED_ROWS {
             return Shape::of_prompts(product, prompt_tile(n, n_out, self.n_sms));
         }
         // Prompts' tiles of bf16 weights are all alike.
@@ -351,9 +353,12 @@ impl StreamGemm {
         let w = weights.maps.get(&shape.tile_rows).ok_or_else(missing)?;
         let (n_tiles, k_blocks) = (n_out.div_ceil(shape.tile_rows), k.div_ceil(64));
         let split = match product {
-            Product::O | Product::Down if shape.output == Shape::F32 => {
-                split(n_tiles, k_blocks, max_split(shape.columns), self.n_sms)
-            }
+            Product::O | Product::Down if shape.output == Shape::F32 => split(
+                n_tiles,
+                k_blocks,
+                if shape.packed && shape.tile_rows == 128 { 4 } else { max_split(shape.columns) },
+                self.n_sms,
+            ),
             _ => 1,
         };
         let launch = Launch {
@@ -411,9 +416,9 @@ mod tests {
 
     #[test]
     fn rings_fit_the_multiprocessor() {
-        let shapes = [true, false].into_iter().flat_map(|packed| {
-            Product::ALL.into_iter().flat_map(move |product| shapes_of(packed, product))
-        });
+        let shapes = [true, false]
+            .into_iter()
+            .flat_map(|packed| Product::ALL.into_iter().flat_map(move |product| shapes_of(packed, product)));
         for shape in shapes {
             assert!(shape.shared_bytes() <= 227 << 10, "{shape:?} takes {} bytes", shape.shared_bytes());
         }

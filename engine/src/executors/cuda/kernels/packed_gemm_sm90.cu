@@ -2,7 +2,10 @@
 // variant: bf16_128_narrow OUTPUT=0 BN=128 TILE_ROWS=48 K_GROUPS=2
 // variant: bf16_192_narrow OUTPUT=0 BN=192 TILE_ROWS=48
 // variant: bf16_256 OUTPUT=0 BN=256
-// variant: f32_8 OUTPUT=1 BN=8 TILE_ROWS=64 K_GROUPS=2
+// variant: bf16_128_wide OUTPUT=0 BN=128 TILE_ROWS=192
+// variant: f32_8 OUTPUT=1 BN=8 TILE_ROWS=64 K_GROUPS=4
+// variant: f32_16 OUTPUT=1 BN=16 TILE_ROWS=64 K_GROUPS=4
+// variant: bf16_16_narrow OUTPUT=0 BN=16 TILE_ROWS=64 K_GROUPS=4
 // variant: f32_96 OUTPUT=1 BN=96 TILE_ROWS=64 K_GROUPS=2
 // variant: f32_128 OUTPUT=1 BN=128 TILE_ROWS=64 K_GROUPS=2
 // variant: f32_192 OUTPUT=1 BN=192 TILE_ROWS=64
@@ -39,7 +42,7 @@
 #ifndef RING_BYTES
 #define RING_BYTES 208000  // of which a whole number of stages is used
 #endif
-#define MANY_REGISTERS (BN > 128)
+#define MANY_REGISTERS (BN > 128 || TILE_ROWS > 128)
 #include "packed.cuh"
 #include "stream_tile.cuh"
 
@@ -48,11 +51,13 @@
 constexpr int TILE_BLOCKS = TILE_ROWS / 16;
 constexpr int X_BYTES = BN * 128;
 constexpr int W_BYTES = TILE_BLOCKS * PACKED_BLOCK;
-// Sums of the warpgroups that are not the first of their tile's turns.
+// Sums of the warpgroups that are not the first in their turns.
 constexpr int SUM_BYTES = (K_GROUPS - 1) * TILE_GROUPS * 128 * BN / 2 * 4;
 constexpr int STAGES = (RING_BYTES - SUM_BYTES) / (X_BYTES + W_BYTES);
 static_assert(STAGES >= 2, "the ring is too small");
-static_assert(K_GROUPS <= 2, "one sum is added to another");
+// What setmaxnreg leaves to each thread, of the registers that the block is launched with.
+constexpr int CONSUMER_REGISTERS = N_CONSUMERS == 3 ? 160 : 232, LOADER_REGISTERS = N_CONSUMERS == 3 ? 32 : 40;
+static_assert(!MANY_REGISTERS || N_CONSUMERS * CONSUMER_REGISTERS + LOADER_REGISTERS <= 512, "no such registers");
 
 #define WGMMA(N, REGS, A, X, ...)                                                                                  \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, {" A "}, " X ", 1, 1, 1, 0;" \
@@ -109,7 +114,7 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
     PDL_TRIGGER();
 
     if (warp >= N_CONSUMERS * 4) {
-        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
         if (warp > N_CONSUMERS * 4 || lane > 0) return;
         int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
         int w_row, x_row;
@@ -140,7 +145,7 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
             }
         }
     } else {
-        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         const int group = warp / 4 / TILE_GROUPS, warp_row = warp % (TILE_GROUPS * 4) * 16;
         // Of the warp's 16 rows of a tile; past the matrix's end any will do.
         const auto first_row = [&](int tile) {
@@ -187,18 +192,19 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
             if (k < share.n_k) stage(even, k);
             wgmma_wait<0>();
             if (lane == 0 && last_slot >= 0) mbarrier_arrive(empty + 8 * last_slot);
-            if constexpr (K_GROUPS == 2) {
+            if constexpr (K_GROUPS > 1) {
+                constexpr int STRIDE = TILE_GROUPS * 128;
                 float* sums = (float*)(smem_raw + (sums_of_others - (u32)__cvta_generic_to_shared(smem_raw))) +
-                              threadIdx.x % (TILE_GROUPS * 128);
-                if (group == 1)
+                              threadIdx.x % STRIDE;
+                if (group > 0)
 #pragma unroll
-                    for (int i = 0; i < BN / 2; ++i) sums[i * TILE_GROUPS * 128] = acc[i];
+                    for (int i = 0; i < BN / 2; ++i) sums[((group - 1) * BN / 2 + i) * STRIDE] = acc[i];
                 named_sync(1, N_CONSUMERS * 128);
                 if (group == 0)
 #pragma unroll
-                    for (int i = 0; i < BN / 2; ++i) acc[i] += sums[i * TILE_GROUPS * 128];
+                    for (int i = 0; i < (K_GROUPS - 1) * BN / 2; ++i) acc[i % (BN / 2)] += sums[i * STRIDE];
                 named_sync(2, N_CONSUMERS * 128);
-                if (group == 1) continue;
+                if (group > 0) continue;
             }
             int w_row, x_row;
             share.rows_of(tile, w_row, x_row);
