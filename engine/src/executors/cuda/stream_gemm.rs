@@ -24,6 +24,8 @@ const COLUMNS: [usize; 11] = [8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256];
 const MAX_ROWS: usize = 192;
 const MAX_PACKED_ROWS: usize = 256;
 const MAX_LOGITS_ROWS: usize = 64;
+/// Most parts of K.
+const MAX_SPLIT: usize = 4;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
 const RING_BYTES: usize = 208_000;
 /// Tiles for more rows than [`MAX_ROWS`], rows of packed weights and of activations, and microseconds that one takes for
@@ -81,6 +83,17 @@ impl Shape {
         }
     }
 
+    /// Most parts of K: their sums must be read again by the norm that follows.
+    fn max_split(self) -> usize {
+        if self.columns <= 64 || (self.packed && self.tile_rows == 128) { MAX_SPLIT } else { 2 }
+    }
+
+    /// Blocks that share the copies of activations: it takes less power, which is a prompt's limit.
+    fn cluster(self) -> usize {
+        let is_largest = self.packed && (self.tile_rows, self.columns) == (128, 256);
+        if is_largest && self.output != Self::F32 { 2 } else { 1 }
+    }
+
     /// Dynamic shared memory: the swizzle's alignment, stages with their barriers, sums of the second warpgroup, and what
     /// the last warpgroup, which takes 64 rows, reads past the tile's.
     fn shared_bytes(self) -> u32 {
@@ -108,6 +121,7 @@ impl Shape {
             ("TILE_ROWS", self.tile_rows),
             ("RING_BYTES", RING_BYTES),
             ("K_GROUPS", self.k_groups()),
+            ("CLUSTER", self.cluster()),
         ];
         match self.packed {
             true => Variant::new(&compile::PACKED_GEMM_SM90, &macros),
@@ -309,7 +323,7 @@ impl StreamGemm {
 
     /// Float32 numbers that the parts of [`Product::O`] and [`Product::Down`] take, at most.
     pub(super) fn max_part_numbers(spec: &DecoderSpec) -> usize {
-        COLUMNS.iter().map(|&n| n * 4).max().unwrap_or(0) * spec.hidden_size
+        COLUMNS[COLUMNS.len() - 1] * MAX_SPLIT * spec.hidden_size
     }
 
     /// The kernel for `product` of `n` rows.
@@ -341,7 +355,8 @@ impl StreamGemm {
         let (n_out, k) = product.size(&self.spec);
         let shape = self.shape((product, layer), n);
         let missing = || Error::Device(format!("no kernel for {product:?} of {n} rows"));
-        let x = COLUMNS.iter().position(|&columns| columns == shape.columns).ok_or_else(missing)?;
+        let cluster = shape.cluster();
+        let x = COLUMNS.iter().position(|&columns| columns == shape.columns / cluster).ok_or_else(missing)?;
         let x = &self.activations[x];
         let x = match product {
             Product::Qkv | Product::GateUp | Product::Logits => &x.h,
@@ -353,16 +368,14 @@ impl StreamGemm {
         let w = weights.maps.get(&shape.tile_rows).ok_or_else(missing)?;
         let (n_tiles, k_blocks) = (n_out.div_ceil(shape.tile_rows), k.div_ceil(64));
         let split = match product {
-            Product::O | Product::Down if shape.output == Shape::F32 => split(
-                n_tiles,
-                k_blocks,
-                if shape.packed && shape.tile_rows == 128 { 4 } else { max_split(shape.columns) },
-                self.n_sms,
-            ),
+            Product::O | Product::Down if shape.output == Shape::F32 => {
+                split(n_tiles, k_blocks, shape.max_split(), self.n_sms)
+            }
             _ => 1,
         };
+        let n_tiles = n_tiles.next_multiple_of(cluster) * n.div_ceil(shape.columns);
         let launch = Launch {
-            grid: [split as u32, (n_tiles * n.div_ceil(shape.columns)).min(self.n_sms / split) as u32, 1],
+            grid: [split as u32, n_tiles.min(self.n_sms / split / cluster * cluster) as u32, 1],
             block: shape.n_threads(),
             shared_bytes: shape.shared_bytes(),
             dependent: true,
@@ -380,11 +393,6 @@ impl StreamGemm {
         }
         Ok(split)
     }
-}
-
-/// Most parts for a kernel of `columns` rows: their sums must be read again by the norm that follows.
-fn max_split(columns: usize) -> usize {
-    if columns <= 64 { 4 } else { 2 }
 }
 
 /// Parts to cut K into, so that few tiles still occupy the device.

@@ -24,13 +24,15 @@
 //
 //   w_map     the packed matrix's planes, of 8-byte elements [n_out / 16][K / 64][192]: box 192 x 1 x TILE_ROWS / 16
 //   extras    its extras; GATED in the order that pack_weights gives rows
-//   x_map     x, bf16 [>= BN, K]: box 64 columns x BN rows, SWIZZLE_128B, zero fill out of bounds
+//   x_map     x, bf16 [>= BN, K]: box 64 columns x BN / CLUSTER rows, SWIZZLE_128B, zero fill out of bounds
 //   out       see stream_tile.cuh
 //   n_out     rows of W, a multiple of 16
 //   n_rows    rows of x that count; more than BN of them are taken in tiles, with a split of 1
 //   k_blocks  K / 64
 //
-// Grid: (split, blocks), split 1, with OUTPUT 1 perhaps 2 or 4. Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment)
+// With CLUSTER 2 two blocks share the copies of x, which takes less power, a prompt's limit (docs/log.md).
+//
+// Grid: (split, blocks), split 1, with OUTPUT 1 perhaps 2 or 4; blocks a multiple of CLUSTER. Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment)
 // + STAGES * (BN * 128 + W_BYTES + 16) + SUM_BYTES + what the last warpgroup's four blocks go beyond a stage.
 
 #ifndef BN
@@ -71,13 +73,17 @@ template <int N> DEVICE void wgmma(float* d, const u32 (&a)[4], u64 x) {
     if constexpr (N == 32) WGMMA(32, REGS16, "%16, %17, %18, %19", "%20", ACC16(d, 0));
     if constexpr (N == 64) WGMMA(64, REGS32, "%32, %33, %34, %35", "%36", ACC32(d));
     if constexpr (N == 128) WGMMA(128, REGS64, "%64, %65, %66, %67", "%68", ACC64(d));
+    if constexpr (N == 256) WGMMA(256, REGS128, "%128, %129, %130, %131", "%132", ACC128(d));
 }
 
+#ifndef MAX_N
+#define MAX_N 256
+#endif
 // The columns from FIRST on, in pieces of a power of two.
 template <int FIRST> DEVICE void wgmma_columns(float* d, const u32 (&a)[4], u32 x) {
     constexpr int LEFT = BN - FIRST;
     if constexpr (LEFT > 0) {
-        constexpr int N = LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
+        constexpr int N = LEFT >= MAX_N ? MAX_N : LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
         wgmma<N>(d + FIRST / 2, a, descriptor(x + FIRST * 128, 16));
         wgmma_columns<FIRST + N>(d, a, x);
     }
@@ -92,7 +98,24 @@ DEVICE void load_blocks(u32 dst, const TensorMap* map, int k, int row, u32 bar, 
         : "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(1, CLUSTER, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
+// This block's part of a tile of activations, to all blocks of the cluster.
+DEVICE void load_shared_activations(u32 dst, const TensorMap* map, int k, int row, u32 bar) {
+    const int part = blockIdx.y % CLUSTER;
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst + part * (X_BYTES / CLUSTER)),
+        "l"(map), "r"(k), "r"(row + part * (BN / CLUSTER)), "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1)),
+        "l"(EVICT_LAST)
+        : "memory");
+}
+
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
 packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras, const __grid_constant__ TensorMap x_map,
             void* out, int n_out, int n_rows, int k_blocks) {
     extern __shared__ unsigned char smem_raw[];
@@ -106,46 +129,59 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(full + 8 * i, 1);
-            mbarrier_init(empty + 8 * i, TILE_GROUPS * 4);
+            mbarrier_init(empty + 8 * i, TILE_GROUPS * 4 * CLUSTER);
         }
         mbarrier_init_fence();
     }
-    __syncthreads();
+    // Blocks of a cluster write to each other's shared memory: not before the barriers are there, nor after the end.
+    if constexpr (CLUSTER > 1) cluster_sync();
+    else __syncthreads();
     PDL_TRIGGER();
 
     if (warp >= N_CONSUMERS * 4) {
         if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
-        if (warp > N_CONSUMERS * 4 || lane > 0) return;
-        int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
-        int w_row, x_row;
-        const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
-        const auto weights = [&](int k) {
-            mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);
-            load_blocks(w_ring + slot * W_BYTES, &w_map, k, w_row, full + 8 * slot, policy);
-        };
-        const auto activations = [&](int k) {
-            load_activations(ring + slot * X_BYTES, &x_map, k * 64, x_row, full + 8 * slot);
-        };
-        const auto advance = [&] {
-            if (++slot == STAGES) slot = 0, phase ^= 1;
-        };
-        // The ring's first round: weights before the wait, activations after it.
-        const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
-        share.rows_of(share.first_tile, w_row, x_row);
-        for (int k = 0; k < n_first; ++k, advance()) weights(share.first_k + k);
-        PDL_WAIT();
-        slot = 0, phase = 1;
-        for (int k = 0; k < n_first; ++k, advance()) activations(share.first_k + k);
-        for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
-            share.rows_of(tile, w_row, x_row);
-            for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
-                mbarrier_wait(empty + 8 * slot, phase);
-                weights(share.first_k + k);
-                activations(share.first_k + k);
+        if (warp == N_CONSUMERS * 4 && lane == 0) {
+            int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
+            int w_row, x_row;
+            const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
+            const auto weights = [&](int k) {
+                mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);
+                load_blocks(w_ring + slot * W_BYTES, &w_map, k, w_row, full + 8 * slot, policy);
+            };
+            const auto activations = [&](int k) {
+                const u32 to = ring + slot * X_BYTES, bar = full + 8 * slot;
+                if constexpr (CLUSTER > 1) load_shared_activations(to, &x_map, k * 64, x_row, bar);
+                else load_activations(to, &x_map, k * 64, x_row, bar);
+            };
+            const auto advance = [&] {
+                if (++slot == STAGES) slot = 0, phase ^= 1;
+            };
+            // The ring's first round: weights before the wait, activations after it.
+            const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
+            share.rows_of(share.first_tile, w_row, x_row);
+            for (int k = 0; k < n_first; ++k, advance()) weights(share.first_k + k);
+            PDL_WAIT();
+            slot = 0, phase = 1;
+            for (int k = 0; k < n_first; ++k, advance()) activations(share.first_k + k);
+            for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
+                share.rows_of(tile, w_row, x_row);
+                for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
+                    mbarrier_wait(empty + 8 * slot, phase);
+                    weights(share.first_k + k);
+                    activations(share.first_k + k);
+                }
             }
         }
     } else {
         if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        // The slot may be filled again, by any block of the cluster.
+        const auto release = [&](int slot) {
+            if constexpr (CLUSTER > 1) {
+                if (lane < CLUSTER) mbarrier_arrive_at(empty + 8 * slot, lane);
+            } else if (lane == 0) {
+                mbarrier_arrive(empty + 8 * slot);
+            }
+        };
         const int group = warp / 4 / TILE_GROUPS, warp_row = warp % (TILE_GROUPS * 4) * 16;
         // Of the warp's 16 rows of a tile; past the matrix's end any will do.
         const auto first_row = [&](int tile) {
@@ -184,14 +220,14 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
                 wgmma_commit();
                 // The products of the stage before are done: its slot may be filled again.
                 wgmma_wait<1>();
-                if (lane == 0 && last_slot >= 0) mbarrier_arrive(empty + 8 * last_slot);
+                if (last_slot >= 0) release(last_slot);
                 last_slot = slot;
             };
             int k = group;
             for (; k + K_GROUPS < share.n_k; k += 2 * K_GROUPS) stage(even, k), stage(odd, k + K_GROUPS);
             if (k < share.n_k) stage(even, k);
             wgmma_wait<0>();
-            if (lane == 0 && last_slot >= 0) mbarrier_arrive(empty + 8 * last_slot);
+            if (last_slot >= 0) release(last_slot);
             if constexpr (K_GROUPS > 1) {
                 constexpr int STRIDE = TILE_GROUPS * 128;
                 float* sums = (float*)(smem_raw + (sums_of_others - (u32)__cvta_generic_to_shared(smem_raw))) +
@@ -214,6 +250,10 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
             const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
             store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
         }
+    }
+    if constexpr (CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();
     }
 }
 

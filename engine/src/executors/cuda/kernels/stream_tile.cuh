@@ -14,6 +14,9 @@ constexpr bool GATED = OUTPUT == 2;
 #ifndef K_GROUPS
 #define K_GROUPS 1  // warpgroups that take the stages of a tile in turns
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1  // blocks of a thread block cluster, which take neighbouring tiles of W and share those of x
+#endif
 constexpr int TILE_GROUPS = (TILE_ROWS + 63) / 64;  // warpgroups side by side
 constexpr int N_CONSUMERS = TILE_GROUPS * K_GROUPS;
 #ifndef MANY_REGISTERS
@@ -38,15 +41,15 @@ DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, int row,
 struct Share {
     int first_tile, n_tiles, tile_step;
     int first_k, n_k;  // 64-column blocks
-    int n_w, n_x;      // tiles of rows of W, of x
+    int n_w, n_x;      // tiles of rows of W, CLUSTER of them counted as one, of x
 
     __device__ __forceinline__ Share(int n_out, int n_rows, int k_blocks) {
         const int split = gridDim.x, part = blockIdx.x;
-        n_w = (n_out + TILE_ROWS - 1) / TILE_ROWS;
+        n_w = (n_out + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER);
         n_x = (n_rows + BN - 1) / BN;
         n_tiles = n_w * n_x;
-        first_tile = blockIdx.y;
-        tile_step = gridDim.y;
+        first_tile = blockIdx.y / CLUSTER;
+        tile_step = gridDim.y / CLUSTER;
         first_k = k_blocks * part / split;
         n_k = k_blocks * (part + 1) / split - first_k;
     }
@@ -55,7 +58,7 @@ struct Share {
     __device__ __forceinline__ void rows_of(int tile, int& w, int& x) const {
         const int group = tile / (n_w * GROUP_X), in_group = tile - group * n_w * GROUP_X;
         const int width = min(GROUP_X, n_x - group * GROUP_X);
-        w = in_group / width * TILE_ROWS;
+        w = (in_group / width * CLUSTER + blockIdx.y % CLUSTER) * TILE_ROWS;
         x = (group * GROUP_X + in_group % width) * BN;
     }
 };
