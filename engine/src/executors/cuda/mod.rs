@@ -31,6 +31,7 @@ mod long_attention;
 mod memory;
 mod ops;
 mod packed_weights;
+mod packed_weights_selftest;
 mod plan;
 mod product;
 mod sampling;

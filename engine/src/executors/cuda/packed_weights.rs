@@ -101,18 +101,23 @@ impl Packer {
         if !gpu.is_hopper() {
             return Ok(None);
         }
+        Self::for_size(gpu, n_weights, n_rows).map(Some)
+    }
+
+    /// For matrices of up to so many weights and rows.
+    pub(super) fn for_size(gpu: &Gpu, n_weights: usize, n_rows: usize) -> Result<Self, Error> {
         let cubins = compile::compile(&[Variant::new(&compile::PACK_WEIGHTS, &[])], &gpu.arch())?;
         gpu.bind()?;
         let [choose_windows, pack_weights] = Kernel::load(&cubins[0], ["choose_windows", "pack_weights"])?;
         let n_groups = n_rows / BLOCK_ROWS;
-        Ok(Some(Self {
+        Ok(Self {
             choose_windows,
             pack_weights,
             raw: DeviceBuffer::new(gpu, n_weights * 2, "a matrix of weights")?,
             windows: DeviceBuffer::new(gpu, n_rows, "windows of exponents")?,
             n_outside: DeviceBuffer::new(gpu, n_groups * 4, "numbers of weights")?,
             begins: DeviceBuffer::new(gpu, (n_groups + 1) * 4, "numbers of weights")?,
-        }))
+        })
     }
 
     /// Whether a matrix of this size can be packed; then its bf16 go to the address [`Self::raw`].
@@ -123,6 +128,11 @@ impl Packer {
     /// Address for the bf16 of the matrix to be packed next.
     pub(super) fn raw(&self) -> u64 {
         self.raw.ptr()
+    }
+
+    /// Puts `weights`, bf16, where [`Self::pack`] finds them.
+    pub(super) fn write(&self, gpu: &Gpu, weights: &[u16]) -> Result<(), Error> {
+        self.raw.write(gpu, 0, weights)
     }
 
     /// The matrix at [`Self::raw`], of `n` rows of `k`, packed, or a copy of it if too many of its weights have unusual

@@ -14,6 +14,7 @@ use super::{
     experts_selftest,
     gemm::{Gemm, GemmOutput, GemmShape, Operands},
     memory::DeviceBuffer,
+    packed_weights_selftest,
     status::Check,
 };
 use crate::{
@@ -95,6 +96,7 @@ pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error>
     let gpu = Gpu::open(device)?;
     if !is_quick {
         cases.extend(experts_selftest::compare(&gpu, &models()[0].1)?);
+        cases.extend(packed_weights_selftest::compare(&gpu)?);
     }
     let (copy_gb_per_s, matmul_tflop_per_s) = measure(&gpu)?;
     Ok(SelfTestReport {
