@@ -1,8 +1,8 @@
 //! [`Forward`]: the launches of one step, from token ids to logits.
 //!
-//! Steps of a few decoding sequences read each weight once through GEMV kernels that do the norms and activations on the
-//! way. Others take norms, products and attention apart: products of up to 128 rows stream their weights on Hopper, all
-//! others are cuBLASLt's. Models with experts run in the second way, whatever the step.
+//! Steps take norms, products and attention apart. On Hopper products stream their weights, which are packed; elsewhere, and
+//! of matrices that cannot be packed, they are cuBLASLt's, and steps of a few decoding sequences read bf16 weights through
+//! GEMV kernels that do the norms and activations on the way (not those of models with experts).
 
 use std::ops::Range;
 

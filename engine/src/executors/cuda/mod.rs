@@ -2,8 +2,8 @@
 //!
 //! - [`CudaExecutor`] runs steps: one upload, one graph (decode) or eager launches (prompt chunks), sampled tokens back.
 //! - `setup` prepares it: `load` (weights), `ops` (kernels by model dimensions), `gemm` (cuBLASLt, timed once),
-//!   `stream_gemm` (products of few rows on Hopper),
-//!   `plan` (memory), `graph` (one per batch bucket).
+//!   `packed_weights` and `stream_gemm` (12-bit weights on Hopper and their products), `plan` (memory), `graph` (one per
+//!   batch bucket).
 //! - `experts` are mixtures of experts, routed on the device.
 //! - `forward` is the model: which kernel reads and writes which of `buffers`.
 //! - `inputs` packs a step; `sampling` turns logits into tokens.

@@ -28,12 +28,15 @@ pub(super) enum Matrix {
     /// bf16, row-major.
     Raw(DeviceBuffer),
     /// 12 bits a weight.
-    Packed {
-        /// Blocks.
-        planes: DeviceBuffer,
-        /// Windows and the weights outside of them.
-        extras: DeviceBuffer,
-    },
+    Packed(Box<PackedMatrix>),
+}
+
+/// A matrix of 12 bits a weight.
+pub(super) struct PackedMatrix {
+    /// Blocks.
+    pub(super) planes: DeviceBuffer,
+    /// Windows and the weights outside of them.
+    pub(super) extras: DeviceBuffer,
 }
 
 /// Where a matrix of weights lies.
@@ -41,7 +44,7 @@ pub(super) enum Matrix {
 pub(super) enum MatrixAt {
     /// Address of bf16, row-major.
     Raw(u64),
-    /// Addresses of [`Matrix::Packed`]'s parts.
+    /// Addresses of [`PackedMatrix`]'s parts.
     Packed {
         /// Blocks.
         planes: u64,
@@ -55,7 +58,7 @@ impl Matrix {
     pub(super) fn at(&self) -> MatrixAt {
         match self {
             Self::Raw(buffer) => MatrixAt::Raw(buffer.ptr()),
-            Self::Packed { planes, extras } => MatrixAt::Packed { planes: planes.ptr(), extras: extras.ptr() },
+            Self::Packed(matrix) => MatrixAt::Packed { planes: matrix.planes.ptr(), extras: matrix.extras.ptr() },
         }
     }
 }
@@ -164,7 +167,7 @@ impl Packer {
         let [planes_at, extras_at, begins] = [&planes, &extras, &self.begins].map(|buffer| Arg::Ptr(buffer.ptr()));
         let args = [raw, planes_at, extras_at, begins, size[0], size[1], size[2]];
         self.pack_weights.launch(gpu.cu_stream(), launch, &args)?;
-        Ok(Matrix::Packed { planes, extras })
+        Ok(Matrix::Packed(Box::new(PackedMatrix { planes, extras })))
     }
 }
 

@@ -22,9 +22,10 @@ pub(super) fn compare(gpu: &Gpu) -> Result<Vec<(String, f32)>, Error> {
         let weights = weights(101);
         packer.write(gpu, &weights)?;
         let is_right = match packer.pack(gpu, SIZE, gated)? {
-            Matrix::Packed { planes, extras } => {
-                let planes = planes.read::<u8>(gpu, 0, planes.n_bytes())?;
-                let extras = extras.read::<u8>(gpu, 0, extras.n_bytes())?;
+            Matrix::Packed(matrix) => {
+                let [planes, extras] =
+                    [&matrix.planes, &matrix.extras].map(|part| part.read::<u8>(gpu, 0, part.n_bytes()));
+                let (planes, extras) = (planes?, extras?);
                 unpack(&planes, &extras, gated) == weights
             }
             Matrix::Raw(_) => false,
@@ -36,7 +37,7 @@ pub(super) fn compare(gpu: &Gpu) -> Result<Vec<(String, f32)>, Error> {
     packer.write(gpu, &weights)?;
     let is_right = match packer.pack(gpu, SIZE, false)? {
         Matrix::Raw(copy) => copy.read::<u16>(gpu, 0, weights.len())? == weights,
-        Matrix::Packed { .. } => false,
+        Matrix::Packed(_) => false,
     };
     cases.push(("packed weights: left as they are".into(), verdict(is_right)));
     Ok(cases)

@@ -167,8 +167,13 @@ fn models() -> Vec<(&'static str, DecoderSpec)> {
         moe: Some(Moe { norm_topk_prob: true, ..all_experts }),
         ..llama.clone()
     };
+    // Sizes that are not whole blocks of packed weights.
+    let unpacked = DecoderSpec { hidden_size: 264, intermediate_size: 520, ..llama.clone() };
+    let partly_packed = DecoderSpec { intermediate_size: 520, ..llama.clone() };
     vec![
         ("llama, head_dim 128", llama),
+        ("llama, no weight packed", unpacked),
+        ("llama, down not packed", partly_packed),
         ("qwen2, head_dim 64, biases, tied", qwen2),
         ("qwen2-moe, shared expert", qwen2_moe),
         ("qwen3-moe", qwen3_moe),

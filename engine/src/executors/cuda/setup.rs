@@ -219,7 +219,7 @@ pub(super) fn run(
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
     let (free, _) = gpu.memory()?;
     let description = format!(
-        "{}, bfloat16: {:.2} GiB in use after the weights ({:.2} GiB), {:.2} GiB step buffers, KV cache {:.2} GiB \
+        "{}, bfloat16: {:.2} GiB in use after the weights ({:.2} GiB unpacked), {:.2} GiB step buffers, KV cache {:.2} GiB \
          ({} tokens); {:.2} of {:.2} GiB in use",
         gpu.name,
         gib(after_weights),

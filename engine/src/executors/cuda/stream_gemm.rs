@@ -20,16 +20,18 @@ use crate::{Error, decoder::DecoderSpec};
 const COLUMNS: [usize; 11] = [8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256];
 /// Most rows for which every product of bf16 weights is faster here than in cuBLASLt on an H100 (docs/log.md); the gate
 /// and up projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to
-/// [`MAX_LOGITS_ROWS`]. More rows are a prompt's: they are taken in tiles, and add to the residual stream themselves.
+/// [`MAX_LOGITS_ROWS`].
 const MAX_ROWS: usize = 192;
-const MAX_PACKED_ROWS: usize = 256;
 const MAX_LOGITS_ROWS: usize = 64;
+/// Most rows for which K of a product of packed weights is cut. More are a prompt's: they are taken in tiles, whose sums
+/// are added to the residual stream at once.
+const MAX_PACKED_ROWS: usize = 256;
 /// Most parts of K.
 const MAX_SPLIT: usize = 4;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
 const RING_BYTES: usize = 208_000;
-/// Tiles for more rows than [`MAX_ROWS`], rows of packed weights and of activations, and microseconds that one takes for
-/// 4,096 columns (docs/log.md).
+/// Tiles for more rows than [`MAX_PACKED_ROWS`], rows of packed weights and of activations, and microseconds that one
+/// takes for 4,096 columns at an H100's power limit (docs/log.md).
 const PROMPT_TILES: [((usize, usize), f64); 5] =
     [((128, 256), 52.0), ((128, 192), 42.5), ((192, 128), 43.0), ((128, 128), 30.5), ((64, 128), 20.8)];
 
@@ -78,7 +80,7 @@ impl Shape {
         match self.columns {
             _ if !self.packed || self.tile_rows > 64 => 1,
             ..=16 => 4,
-            ..=128 => 2,
+            17..=128 => 2,
             _ => 1,
         }
     }
