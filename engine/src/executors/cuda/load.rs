@@ -13,7 +13,7 @@ use super::{
     experts::router_rows,
     kernel::{Arg, Kernel, Launch},
     memory::{DeviceBuffer, PinnedBuffer},
-    packed_weights::{Matrix, MatrixAt, Packer},
+    packed_weights::{Matrix, MatrixAt, Packer, packed_bytes},
     product::Product,
     status::Check,
 };
@@ -140,7 +140,7 @@ impl LayerWeights {
         };
         let mut matrix = |product, weights: &[LayerWeight]| match loader.matrix(product, &of_layer(weights))? {
             Some(matrix) => Ok(matrix),
-            None => DeviceBuffer::new(gpu, 1, "no weight").map(Matrix::Raw),
+            None => DeviceBuffer::new(gpu, 1, "no weight").map(Matrix::raw),
         };
         let (qkv, o) = (matrix(Product::Qkv, &[QProj, KProj, VProj])?, matrix(Product::O, &[OProj])?);
         let (gate_up, down) = (matrix(Product::GateUp, gate_up)?, matrix(Product::Down, down)?);
@@ -200,16 +200,17 @@ pub(super) enum Origin<'a> {
 /// [`Error::Model`] about a missing tensor, [`Error::Device`] if they do not fit.
 pub(super) fn load(gpu: &Gpu, spec: &DecoderSpec, origin: Origin<'_>) -> Result<Weights, Error> {
     let n_bytes = spec.n_parameters() * 2;
+    let needed = if gpu.is_hopper() { packed_bytes(spec).min(n_bytes) } else { n_bytes };
     let (free, total) = gpu.memory()?;
-    if free < n_bytes {
+    if free < needed {
         let gib = |n: usize| n as f64 / (1u64 << 30) as f64;
         return Err(Error::Device(format!(
-            "out of memory: the weights need {:.2} GiB in bfloat16, {:.2} GiB of {:.2} GiB are free; {:.2} GiB are \
+            "out of memory: the weights need {:.2} GiB, {:.2} GiB of {:.2} GiB are free; {:.2} GiB are \
              missing. End other programs on {}, or choose a smaller model",
-            gib(n_bytes),
+            gib(needed),
             gib(free),
             gib(total),
-            gib(n_bytes - free),
+            gib(needed - free),
             gpu.name
         )));
     }
@@ -263,7 +264,7 @@ impl Loader<'_> {
                 let packer = self.packer.as_ref().expect("it was there");
                 packer.pack(self.gpu, size, product == Product::GateUp).map(Some)
             }
-            _ => Ok(self.buffer(weights)?.map(Matrix::Raw)),
+            _ => Ok(self.buffer(weights)?.map(Matrix::raw)),
         }
     }
 

@@ -24,19 +24,11 @@ const START_BYTES: usize = 4 * 16;
 const WEIGHTS_PER_ESCAPE: usize = 1024;
 
 /// A matrix of weights on the device.
-pub(super) enum Matrix {
-    /// bf16, row-major.
-    Raw(DeviceBuffer),
-    /// 12 bits a weight.
-    Packed(Box<PackedMatrix>),
-}
-
-/// A matrix of 12 bits a weight.
-pub(super) struct PackedMatrix {
-    /// Blocks.
-    pub(super) planes: DeviceBuffer,
-    /// Windows and the weights outside of them.
-    pub(super) extras: DeviceBuffer,
+pub(super) struct Matrix {
+    /// bf16, row-major, or the blocks of a packed one.
+    pub(super) values: DeviceBuffer,
+    /// Of a packed one: windows and the weights outside of them.
+    pub(super) extras: Option<DeviceBuffer>,
 }
 
 /// Where a matrix of weights lies.
@@ -44,7 +36,7 @@ pub(super) struct PackedMatrix {
 pub(super) enum MatrixAt {
     /// Address of bf16, row-major.
     Raw(u64),
-    /// Addresses of [`PackedMatrix`]'s parts.
+    /// Addresses of a packed one's parts.
     Packed {
         /// Blocks.
         planes: u64,
@@ -54,11 +46,16 @@ pub(super) enum MatrixAt {
 }
 
 impl Matrix {
+    /// A matrix of bf16.
+    pub(super) fn raw(values: DeviceBuffer) -> Self {
+        Self { values, extras: None }
+    }
+
     /// Its addresses.
     pub(super) fn at(&self) -> MatrixAt {
-        match self {
-            Self::Raw(buffer) => MatrixAt::Raw(buffer.ptr()),
-            Self::Packed(matrix) => MatrixAt::Packed { planes: matrix.planes.ptr(), extras: matrix.extras.ptr() },
+        match &self.extras {
+            None => MatrixAt::Raw(self.values.ptr()),
+            Some(extras) => MatrixAt::Packed { planes: self.values.ptr(), extras: extras.ptr() },
         }
     }
 }
@@ -91,6 +88,19 @@ fn is_whole((n, k): (usize, usize)) -> bool {
 fn own_matrices(spec: &DecoderSpec) -> impl Iterator<Item = (usize, usize)> {
     let products = Product::ALL.into_iter().filter(|&product| product != Product::Logits || !spec.tie_embeddings);
     products.map(|product| product.size(spec)).filter(|&size| is_whole(size))
+}
+
+/// Bytes that the weights of `spec` take on a device that packs them, one matrix as bf16 beside them, when all can be.
+pub(super) fn packed_bytes(spec: &DecoderSpec) -> usize {
+    let saved = |(n, k): (usize, usize)| n * k / 2;
+    // Experts stay bf16; whether there is a shared one does not matter to what is saved at least.
+    let of_layer =
+        Product::LAYER.into_iter().filter(|product| spec.moe.is_none() || matches!(product, Product::Qkv | Product::O));
+    let of_layer: usize = of_layer.map(|product| product.size(spec)).filter(|&size| is_whole(size)).map(saved).sum();
+    let logits = Product::Logits.size(spec);
+    let of_logits = if spec.tie_embeddings || !is_whole(logits) { 0 } else { saved(logits) };
+    let raw = own_matrices(spec).map(|(n, k)| n * k * 2).max().unwrap_or(0);
+    (spec.n_parameters() * 2 + raw).saturating_sub(spec.n_layers * of_layer + of_logits)
 }
 
 impl Packer {
@@ -158,7 +168,7 @@ impl Packer {
         if n_escapes > n * k / WEIGHTS_PER_ESCAPE {
             let copy = DeviceBuffer::new(gpu, n * k * 2, "a weight")?;
             copy_within(gpu, copy.ptr(), self.raw.ptr(), n * k * 2)?;
-            return Ok(Matrix::Raw(copy));
+            return Ok(Matrix::raw(copy));
         }
         let planes = DeviceBuffer::new(gpu, n_groups * (k / BLOCK_COLUMNS) * BLOCK_BYTES, "a weight")?;
         let extras = DeviceBuffer::new(gpu, n + n_groups * START_BYTES + n_escapes * ESCAPE_BYTES, "a weight")?;
@@ -167,7 +177,7 @@ impl Packer {
         let [planes_at, extras_at, begins] = [&planes, &extras, &self.begins].map(|buffer| Arg::Ptr(buffer.ptr()));
         let args = [raw, planes_at, extras_at, begins, size[0], size[1], size[2]];
         self.pack_weights.launch(gpu.cu_stream(), launch, &args)?;
-        Ok(Matrix::Packed(Box::new(PackedMatrix { planes, extras })))
+        Ok(Matrix { values: planes, extras: Some(extras) })
     }
 }
 
@@ -175,4 +185,41 @@ impl Packer {
 fn copy_within(gpu: &Gpu, to: u64, from: u64, n_bytes: usize) -> Result<(), Error> {
     // SAFETY: the callers' buffers have this size and live until the stream is done with them.
     unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, n_bytes, gpu.cu_stream()) }.check("cuMemcpyDtoDAsync")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::{Rope, RopeScaling};
+
+    #[test]
+    fn packed_weights_and_one_matrix_take_less_than_bf16() {
+        let llama_8b = DecoderSpec {
+            architecture: "LlamaForCausalLM".into(),
+            hidden_size: 4096,
+            intermediate_size: 14_336,
+            n_layers: 32,
+            n_heads: 32,
+            n_kv_heads: 8,
+            head_dim: 128,
+            vocab_size: 128_256,
+            max_position: 8192,
+            norm_eps: 1e-5,
+            rope: Rope { theta: 500_000.0, scaling: RopeScaling::None },
+            tie_embeddings: false,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: None,
+            moe: None,
+        };
+        let raw = llama_8b.n_parameters() * 2;
+        // All but the embedding at three quarters, and the logits' matrix once more as bf16.
+        let logits = 128_256 * 4096 * 2;
+        let expected = raw - (raw - logits) / 4 + logits;
+        assert!(packed_bytes(&llama_8b).abs_diff(expected) < 1 << 20, "{} of {raw}", packed_bytes(&llama_8b));
+        let odd = DecoderSpec { hidden_size: 4104, intermediate_size: 14_344, vocab_size: 128_258, ..llama_8b };
+        assert!(packed_bytes(&odd) >= odd.n_parameters() * 2);
+    }
 }

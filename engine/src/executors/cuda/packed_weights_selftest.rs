@@ -21,24 +21,22 @@ pub(super) fn compare(gpu: &Gpu) -> Result<Vec<(String, f32)>, Error> {
     for (name, gated) in [("rows in order", false), ("gate and up rows", true)] {
         let weights = weights(101);
         packer.write(gpu, &weights)?;
-        let is_right = match packer.pack(gpu, SIZE, gated)? {
-            Matrix::Packed(matrix) => {
-                let [planes, extras] =
-                    [&matrix.planes, &matrix.extras].map(|part| part.read::<u8>(gpu, 0, part.n_bytes()));
-                let (planes, extras) = (planes?, extras?);
+        let Matrix { values, extras } = packer.pack(gpu, SIZE, gated)?;
+        let is_right = match extras {
+            Some(extras) => {
+                let planes = values.read::<u8>(gpu, 0, values.n_bytes())?;
+                let extras = extras.read::<u8>(gpu, 0, extras.n_bytes())?;
                 unpack(&planes, &extras, gated) == weights
             }
-            Matrix::Raw(_) => false,
+            None => false,
         };
         cases.push((format!("packed weights: {name}"), verdict(is_right)));
     }
     // One in five is unusual: too many to write out.
     let weights = weights(5);
     packer.write(gpu, &weights)?;
-    let is_right = match packer.pack(gpu, SIZE, false)? {
-        Matrix::Raw(copy) => copy.read::<u16>(gpu, 0, weights.len())? == weights,
-        Matrix::Packed(_) => false,
-    };
+    let Matrix { values, extras } = packer.pack(gpu, SIZE, false)?;
+    let is_right = extras.is_none() && values.read::<u16>(gpu, 0, weights.len())? == weights;
     cases.push(("packed weights: left as they are".into(), verdict(is_right)));
     Ok(cases)
 }
