@@ -209,15 +209,14 @@ impl StreamKernels {
     }
 }
 
-/// Index in [`COLUMNS`] of the kernel for `n` rows, `n_w` tiles of weights and `n_sms` blocks. More rows than the largest
-/// are taken in tiles: of the size with which the blocks end together, or else the largest.
+/// Most rows of the kernel for `n` rows of bf16 weights' products, or of packed ones up to [`MAX_PACKED_ROWS`]. More rows
+/// are taken in tiles: of the size with which `n_sms` blocks for `n_w` tiles of weights end together, or else the largest.
 fn columns_for(n: usize, n_w: usize, n_sms: usize) -> usize {
-    let fits = COLUMNS.partition_point(|&columns| columns < n);
-    if fits < COLUMNS.len() {
+    if let Some(&fits) = COLUMNS.iter().find(|&&columns| columns >= n) {
         return fits;
     }
-    let time = |&i: &usize| (n_w * n.div_ceil(COLUMNS[i])).div_ceil(n_sms) * COLUMNS[i];
-    (COLUMNS.len() - 2..COLUMNS.len()).rev().min_by_key(time).expect("two sizes")
+    let time = |columns: &usize| (n_w * n.div_ceil(*columns)).div_ceil(n_sms) * columns;
+    [256, 192].into_iter().min_by_key(time).expect("two sizes")
 }
 
 /// The tile for `n` rows of a prompt and `n_out` rows of packed weights: that with which the blocks end first.
@@ -337,7 +336,7 @@ impl StreamGemm {
         }
         // Prompts' tiles of bf16 weights are all alike.
         let columns = columns_for(n, n_out.div_ceil(tile_rows(product, usize::MAX)), self.n_sms);
-        Shape::new(packed, product, COLUMNS[columns])
+        Shape::new(packed, product, columns)
     }
 
     /// Whether `product`, with its layer, of `n` rows adds to the residual stream itself, and leaves no parts.
@@ -409,16 +408,16 @@ mod tests {
 
     #[test]
     fn every_batch_has_its_kernel() {
-        let columns = |n| COLUMNS[columns_for(n, 224, 132)];
-        assert_eq!([1, 9, 16, 17, 128, 129, 256].map(columns), [8, 16, 16, 32, 128, 192, 256]);
+        let columns = |n| columns_for(n, 224, 132);
+        assert_eq!([1, 9, 16, 17, 128, 129, 193, 256].map(columns), [8, 16, 16, 32, 128, 160, 224, 256]);
         // 896 tiles of 192 rows are 7 rounds of 132 blocks, 672 of 256 are 6.
         assert_eq!([512, 768, 1024, 4096].map(columns), [256, 192, 256, 256]);
     }
 
     #[test]
     fn prompts_take_the_tiles_that_end_together() {
-        // Llama-3.1-8B's qkv in 1,024 rows: 192 tiles of 256 rows are two rounds, 384 of 128 three shorter ones.
-        assert_eq!(prompt_tile(1024, 6144, 132), (128, 128));
+        // Llama-3.1-8B's qkv in 1,024 rows: 192 of the largest tiles are two rounds, and so are 256 smaller ones.
+        assert_eq!(prompt_tile(1024, 6144, 132), (192, 128));
         assert_eq!(prompt_tile(1024, 4096, 132), (128, 256));
         assert_eq!(prompt_tile(256, 4096, 132), (64, 128));
         assert_eq!(prompt_tile(2048, 28_672, 132), (128, 256));
