@@ -12,8 +12,9 @@
 // variant: gated_16 OUTPUT=2 BN=16 TILE_ROWS=112
 // variant: gated_128 OUTPUT=2 BN=128 TILE_ROWS=112
 // variant: gated_192 OUTPUT=2 BN=192
-// variant: gated_256 OUTPUT=2 BN=256
-// variant: add_256 OUTPUT=3 BN=256
+// variant: f32_256 OUTPUT=1 BN=256
+// variant: gated_256 OUTPUT=2 BN=256 CLUSTER=2
+// variant: add_256 OUTPUT=3 BN=256 CLUSTER=2
 // variant: add_128 OUTPUT=3 BN=128
 // variant: add_128_narrow OUTPUT=3 BN=128 TILE_ROWS=64 K_GROUPS=2
 //
@@ -32,8 +33,9 @@
 //
 // With CLUSTER 2 two blocks share the copies of x, which takes less power, a prompt's limit (docs/log.md).
 //
-// Grid: (split, blocks), split 1, with OUTPUT 1 perhaps 2 or 4; blocks a multiple of CLUSTER. Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment)
-// + STAGES * (BN * 128 + W_BYTES + 16) + SUM_BYTES + what the last warpgroup's four blocks go beyond a stage.
+// Grid: (split, blocks), split 1, with OUTPUT 1 perhaps 2 or 4; blocks a multiple of CLUSTER. Block: THREADS. Dynamic
+// shared memory: 1024 (the swizzle's alignment) + STAGES * (BN * 128 + W_BYTES + 16) + SUM_BYTES + what the last
+// warpgroup's four blocks go beyond a stage.
 
 #ifndef BN
 #define BN 128  // columns: rows of x, a multiple of 8 up to 256
@@ -76,14 +78,11 @@ template <int N> DEVICE void wgmma(float* d, const u32 (&a)[4], u64 x) {
     if constexpr (N == 256) WGMMA(256, REGS128, "%128, %129, %130, %131", "%132", ACC128(d));
 }
 
-#ifndef MAX_N
-#define MAX_N 256
-#endif
 // The columns from FIRST on, in pieces of a power of two.
 template <int FIRST> DEVICE void wgmma_columns(float* d, const u32 (&a)[4], u32 x) {
     constexpr int LEFT = BN - FIRST;
     if constexpr (LEFT > 0) {
-        constexpr int N = LEFT >= MAX_N ? MAX_N : LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
+        constexpr int N = LEFT >= 256 ? 256 : LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
         wgmma<N>(d + FIRST / 2, a, descriptor(x + FIRST * 128, 16));
         wgmma_columns<FIRST + N>(d, a, x);
     }
