@@ -147,7 +147,7 @@ impl Forward {
 
     /// Whether a product, with its layer, is one for [`StreamGemm`].
     pub(super) fn streams(&self, product: (Product, usize), n: usize) -> bool {
-        self.stream_gemm.as_ref().is_some_and(|stream_gemm| stream_gemm.takes(product, n))
+        self.stream_gemm.as_ref().is_some_and(|stream_gemm| stream_gemm.shape(product, n).is_some())
     }
 
     /// The bf16 weights of a product that [`StreamGemm`] does not take.
@@ -216,18 +216,17 @@ impl Forward {
         let b = &self.buffers;
         let (x, h, act) = (b.x.ptr(), b.h.ptr(), b.act.ptr());
         if let Some(stream_gemm) = &self.stream_gemm
-            && stream_gemm.takes((product, layer), n)
+            && let Some(shape) = stream_gemm.shape((product, layer), n)
         {
-            let adds = stream_gemm.adds((product, layer), n);
             let out = match product {
                 Product::Qkv => b.qkv.ptr(),
-                Product::O | Product::Down if adds => x,
+                Product::O | Product::Down if shape.adds() => x,
                 Product::O | Product::Down => b.parts.ptr(),
                 Product::GateUp => act,
                 Product::Logits => b.logits.ptr(),
             };
-            let parts = stream_gemm.run(gpu, (product, layer), n, out)?;
-            if matches!(product, Product::O | Product::Down) && !adds {
+            let parts = stream_gemm.run(gpu, (product, layer), (shape, n), out)?;
+            if matches!(product, Product::O | Product::Down) && !shape.adds() {
                 self.pending = Pending { parts, rows: n };
             }
             return Ok(());

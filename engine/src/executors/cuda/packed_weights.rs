@@ -190,29 +190,19 @@ fn copy_within(gpu: &Gpu, to: u64, from: u64, n_bytes: usize) -> Result<(), Erro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decoder::{Rope, RopeScaling};
+    use crate::executors::cuda::selftest::models;
 
     #[test]
     fn packed_weights_and_one_matrix_take_less_than_bf16() {
+        let (_, tiny_llama) = models().swap_remove(0);
         let llama_8b = DecoderSpec {
-            architecture: "LlamaForCausalLM".into(),
             hidden_size: 4096,
             intermediate_size: 14_336,
             n_layers: 32,
             n_heads: 32,
             n_kv_heads: 8,
-            head_dim: 128,
             vocab_size: 128_256,
-            max_position: 8192,
-            norm_eps: 1e-5,
-            rope: Rope { theta: 500_000.0, scaling: RopeScaling::None },
-            tie_embeddings: false,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            sliding_window: None,
-            moe: None,
+            ..tiny_llama
         };
         let raw = llama_8b.n_parameters() * 2;
         // All but the embedding at three quarters, and the logits' matrix once more as bf16.

@@ -110,7 +110,7 @@ pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error>
 }
 
 /// Tiny models that take every branch of the kernels.
-fn models() -> Vec<(&'static str, DecoderSpec)> {
+pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
     let llama = DecoderSpec {
         architecture: "LlamaForCausalLM".into(),
         hidden_size: 256,

@@ -37,7 +37,7 @@ const PROMPT_TILES: [((usize, usize), f64); 5] =
 
 /// One compiled kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Shape {
+pub(super) struct Shape {
     /// Whether weights have 12 bits each.
     packed: bool,
     /// What it does with its result: its macro OUTPUT.
@@ -72,6 +72,11 @@ impl Shape {
             Product::O | Product::Down => Self { output: Self::ADD, ..shape },
             _ => shape,
         }
+    }
+
+    /// Whether the product adds to the residual stream itself, and leaves no parts.
+    pub(super) fn adds(self) -> bool {
+        self.output == Self::ADD
     }
 
     /// Warpgroups that take the stages of a tile in turns: one alone needs 450 cycles for a stage, its latencies. With
@@ -317,44 +322,34 @@ impl StreamGemm {
         }
     }
 
-    /// Whether `product`, with its layer, of `n` rows is one for these kernels.
-    pub(super) fn takes(&self, product: (Product, usize), n: usize) -> bool {
-        self.weights(product).extras.is_some() || takes_raw(product.0, n)
-    }
-
     /// Float32 numbers that the parts of [`Product::O`] and [`Product::Down`] take, at most.
     pub(super) fn max_part_numbers(spec: &DecoderSpec) -> usize {
         COLUMNS[COLUMNS.len() - 1] * MAX_SPLIT * spec.hidden_size
     }
 
-    /// The kernel for `product` of `n` rows.
-    fn shape(&self, (product, layer): (Product, usize), n: usize) -> Shape {
+    /// The kernel for `product`, with its layer, of `n` rows; `None` if that is not one for these kernels.
+    pub(super) fn shape(&self, (product, layer): (Product, usize), n: usize) -> Option<Shape> {
         let n_out = product.size(&self.spec).0;
         let packed = self.weights((product, layer)).extras.is_some();
         if packed && n > MAX_PACKED_ROWS {
-            return Shape::of_prompts(product, prompt_tile(n, n_out, self.n_sms));
+            return Some(Shape::of_prompts(product, prompt_tile(n, n_out, self.n_sms)));
         }
         // Prompts' tiles of bf16 weights are all alike.
         let columns = columns_for(n, n_out.div_ceil(tile_rows(product, usize::MAX)), self.n_sms);
-        Shape::new(packed, product, columns)
+        (packed || takes_raw(product, n)).then(|| Shape::new(packed, product, columns))
     }
 
-    /// Whether `product`, with its layer, of `n` rows adds to the residual stream itself, and leaves no parts.
-    pub(super) fn adds(&self, product: (Product, usize), n: usize) -> bool {
-        self.shape(product, n).output == Shape::ADD
-    }
-
-    /// Enqueues `product` of `layer` for `n` rows, from its buffer to `out`. Returns the parts that its result is in:
-    /// float32 `[parts, n, hidden]` for those that are added to the residual stream, unless it [`Self::adds`] to it.
+    /// Enqueues `product` of `layer` for `n` rows by the kernel of `shape`, from its buffer to `out`. Returns the parts that
+    /// its result is in: float32 `[parts, n, hidden]` for those that are added to the residual stream, unless it
+    /// [`Shape::adds`] to it.
     pub(super) fn run(
         &self,
         gpu: &Gpu,
         (product, layer): (Product, usize),
-        n: usize,
+        (shape, n): (Shape, usize),
         out: u64,
     ) -> Result<usize, Error> {
         let (n_out, k) = product.size(&self.spec);
-        let shape = self.shape((product, layer), n);
         let missing = || Error::Device(format!("no kernel for {product:?} of {n} rows"));
         let cluster = shape.cluster();
         let x = COLUMNS.iter().position(|&columns| columns == shape.columns / cluster).ok_or_else(missing)?;

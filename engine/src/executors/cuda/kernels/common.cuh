@@ -31,6 +31,14 @@ __device__ __forceinline__ bf16x8 load_once(const void* p) {
     return v;
 }
 
+// 16 bytes at a shared address.
+__device__ __forceinline__ bf16x8 load_shared_16(unsigned address) {
+    bf16x8 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ bf16x8 load_bf16x8(const bf16* p) { return *reinterpret_cast<const bf16x8*>(p); }
 __device__ __forceinline__ void store_bf16x8(bf16* p, bf16x8 v) { *reinterpret_cast<bf16x8*>(p) = v; }
 

@@ -140,13 +140,6 @@ __device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, uns
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ bf16x8 load_shared(unsigned address) {
-    bf16x8 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
-}
-
 // One warp's stream of weight units, in tile order. Slot layout: chunk c of row r at (r * KCHUNKS + (c ^ 4 * (r % 2)))
 // * 16, which keeps both the row-wise writes and the reads (two rows, four chunks a phase) free of bank conflicts.
 template <bool GATED>
@@ -247,7 +240,7 @@ __device__ __forceinline__ void gemv(const bf16* weights, int n_out, int n_rows,
 #pragma unroll
                     for (int r = 0; r < ROW_TILES; ++r) {
                         const unsigned at = from + ((s * 64) ^ odd_row) + r * 16 * KCHUNKS * 16;
-                        const bf16x8 a = load_shared(at), b = load_shared(at + 8 * KCHUNKS * 16);
+                        const bf16x8 a = load_shared_16(at), b = load_shared_16(at + 8 * KCHUNKS * 16);
 #pragma unroll
                         for (int n = 0; n < BATCH_TILES; ++n) {
                             mma(sum[r][n], a.x, b.x, a.y, b.y, c.chunk[n][s].x, c.chunk[n][s].y);

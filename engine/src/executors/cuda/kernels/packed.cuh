@@ -70,12 +70,6 @@ DEVICE void unpack_step(u32 (&a)[4], u32 quad_g, u32 quad_g8, u32 nibbles, const
     a[3] = permute(quad_g8, upper_g8, 0x7362);
 }
 
-DEVICE uint4 load_shared_16(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
-}
 // A whole block from shared memory, by one warp: the A of its four steps.
 DEVICE void unpack_block(u32 (&a)[4][4], u32 block, const Window& g, const Window& g8) {
     const int lane = threadIdx.x % 32;

@@ -113,34 +113,15 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
 
     if (warp == N_CONSUMERS * 4) {
         if (lane == 0) {
-            int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
-            int w_row, x_row;
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
-            const auto weights = [&](int k) {
+            const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, STAGE_BYTES);
-                load_weights(ring + slot * STAGE_BYTES, &w_map, k * 64, w_row, full + 8 * slot, policy);
+                load_weights(ring + slot * STAGE_BYTES, &w_map, k * 64, row, full + 8 * slot, policy);
             };
-            const auto activations = [&](int k) {
-                load_activations(ring + slot * STAGE_BYTES + W_BYTES, &x_map, k * 64, x_row, full + 8 * slot);
+            const auto activations = [&](int slot, int k, int row) {
+                load_activations(ring + slot * STAGE_BYTES + W_BYTES, &x_map, k * 64, row, full + 8 * slot);
             };
-            const auto advance = [&] {
-                if (++slot == STAGES) slot = 0, phase ^= 1;
-            };
-            // The ring's first round: weights before the wait, activations after it.
-            const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
-            share.rows_of(share.first_tile, w_row, x_row);
-            for (int k = 0; k < n_first; ++k, advance()) weights(share.first_k + k);
-            PDL_WAIT();
-            slot = 0, phase = 1;
-            for (int k = 0; k < n_first; ++k, advance()) activations(share.first_k + k);
-            for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
-                share.rows_of(tile, w_row, x_row);
-                for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
-                    mbarrier_wait(empty + 8 * slot, phase);
-                    weights(share.first_k + k);
-                    activations(share.first_k + k);
-                }
-            }
+            fill_ring<STAGES>(share, empty, weights, activations);
         }
     } else {
         PDL_WAIT();

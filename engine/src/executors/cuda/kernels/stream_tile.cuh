@@ -63,6 +63,32 @@ struct Share {
     }
 };
 
+// The loading warp's part, by one lane: fills the ring's STAGES slots tile after tile. weights(slot, k, row) and
+// activations(slot, k, row) copy a stage's 64 columns from block k of columns and row `row` on.
+template <int STAGES, class Weights, class Activations>
+DEVICE void fill_ring(const Share& share, unsigned empty, const Weights& weights, const Activations& activations) {
+    int slot = 0, phase = 1;  // a fresh barrier lets a wait for parity 1 pass
+    int w_row, x_row;
+    const auto advance = [&] {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    };
+    // The ring's first round: weights before the wait, activations after it.
+    const int n_first = share.first_tile < share.n_tiles ? min(STAGES, share.n_k) : 0;
+    share.rows_of(share.first_tile, w_row, x_row);
+    for (int k = 0; k < n_first; ++k, advance()) weights(slot, share.first_k + k, w_row);
+    PDL_WAIT();
+    slot = 0, phase = 1;
+    for (int k = 0; k < n_first; ++k, advance()) activations(slot, share.first_k + k, x_row);
+    for (int tile = share.first_tile; tile < share.n_tiles; tile += share.tile_step) {
+        share.rows_of(tile, w_row, x_row);
+        for (int k = tile == share.first_tile ? n_first : 0; k < share.n_k; ++k, advance()) {
+            mbarrier_wait(empty + 8 * slot, phase);
+            weights(slot, share.first_k + k, w_row);
+            activations(slot, share.first_k + k, x_row);
+        }
+    }
+}
+
 // first, second: two neighbouring columns of this lane's row. Lanes of even rows keep the first column, those of odd
 // rows the second, each for both rows: a word to store.
 DEVICE unsigned pair_rows(float first, float second, int odd) {
