@@ -68,24 +68,19 @@ static_assert(!MANY_REGISTERS || N_CONSUMERS * CONSUMER_REGISTERS + LOADER_REGIS
                  : __VA_ARGS__                                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
 
-// d[64 x N] += a[64 x 16] x[N x 16]^T, x from shared memory.
-template <int N> DEVICE void wgmma(float* d, const u32 (&a)[4], u64 x) {
-    if constexpr (N == 8) WGMMA(8, REGS4, "%4, %5, %6, %7", "%8", ACC4(d, 0));
-    if constexpr (N == 16) WGMMA(16, REGS8, "%8, %9, %10, %11", "%12", ACC8(d, 0));
-    if constexpr (N == 32) WGMMA(32, REGS16, "%16, %17, %18, %19", "%20", ACC16(d, 0));
-    if constexpr (N == 64) WGMMA(64, REGS32, "%32, %33, %34, %35", "%36", ACC32(d));
-    if constexpr (N == 128) WGMMA(128, REGS64, "%64, %65, %66, %67", "%68", ACC64(d));
-    if constexpr (N == 256) WGMMA(256, REGS128, "%128, %129, %130, %131", "%132", ACC128(d));
-}
-
-// The columns from FIRST on, in pieces of a power of two.
-template <int FIRST> DEVICE void wgmma_columns(float* d, const u32 (&a)[4], u32 x) {
-    constexpr int LEFT = BN - FIRST;
-    if constexpr (LEFT > 0) {
-        constexpr int N = LEFT >= 256 ? 256 : LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : 8;
-        wgmma<N>(d + FIRST / 2, a, descriptor(x + FIRST * 128, 16));
-        wgmma_columns<FIRST + N>(d, a, x);
-    }
+// d[64 x BN] += a[64 x 16] x[BN x 16]^T, x from shared memory.
+DEVICE void wgmma(float (&d)[BN / 2], const u32 (&a)[4], u64 x) {
+    if constexpr (BN == 8) WGMMA(8, REGS4, "%4, %5, %6, %7", "%8", ACC4(d, 0));
+    if constexpr (BN == 16) WGMMA(16, REGS8, "%8, %9, %10, %11", "%12", ACC8(d, 0));
+    if constexpr (BN == 32) WGMMA(32, REGS16, "%16, %17, %18, %19", "%20", ACC16(d, 0));
+    if constexpr (BN == 48) WGMMA(48, REGS24, "%24, %25, %26, %27", "%28", ACC24(d));
+    if constexpr (BN == 64) WGMMA(64, REGS32, "%32, %33, %34, %35", "%36", ACC32(d));
+    if constexpr (BN == 96) WGMMA(96, REGS48, "%48, %49, %50, %51", "%52", ACC48(d));
+    if constexpr (BN == 128) WGMMA(128, REGS64, "%64, %65, %66, %67", "%68", ACC64(d));
+    if constexpr (BN == 160) WGMMA(160, REGS80, "%80, %81, %82, %83", "%84", ACC80(d));
+    if constexpr (BN == 192) WGMMA(192, REGS96, "%96, %97, %98, %99", "%100", ACC96(d));
+    if constexpr (BN == 224) WGMMA(224, REGS112, "%112, %113, %114, %115", "%116", ACC112(d));
+    if constexpr (BN == 256) WGMMA(256, REGS128, "%128, %129, %130, %131", "%132", ACC128(d));
 }
 
 // A tile's blocks of one 64 columns, from rows `row` on.
@@ -196,7 +191,7 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
                 escapes.patch(a, share.first_k + k);
                 wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < 4; ++step) wgmma_columns<0>(acc, a[step], ring + slot * X_BYTES + step * 32);
+                for (int step = 0; step < 4; ++step) wgmma(acc, a[step], descriptor(ring + slot * X_BYTES + step * 32, 16));
                 wgmma_commit();
                 // The products of the stage before are done: its slot may be filled again.
                 wgmma_wait<1>();
