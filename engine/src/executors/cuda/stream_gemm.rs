@@ -28,8 +28,10 @@ const MAX_LOGITS_ROWS: usize = 64;
 const MAX_PACKED_ROWS: usize = 256;
 /// Most parts of K.
 const MAX_SPLIT: usize = 4;
-/// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
+/// Bytes of the ring of weights and activations: what leaves a block of attention room beside it; and of the fewest
+/// columns, which have no use for so many, and leave room to norms, too.
 const RING_BYTES: usize = 208_000;
+const SMALL_RING_BYTES: usize = 136_000;
 /// Tiles for more rows than [`MAX_PACKED_ROWS`], rows of packed weights and of activations, and microseconds that one
 /// takes for 4,096 columns at an H100's power limit (docs/log.md).
 const PROMPT_TILES: [((usize, usize), f64); 5] =
@@ -84,10 +86,15 @@ impl Shape {
     fn k_groups(self) -> usize {
         match self.columns {
             _ if !self.packed || self.tile_rows > 64 => 1,
-            ..=16 => 4,
-            17..=128 => 2,
+            9..=16 => 4,
+            ..=128 => 2,
             _ => 1,
         }
+    }
+
+    /// Bytes of its ring, at most.
+    fn ring_bytes(self) -> usize {
+        if self.packed && self.columns <= 8 { SMALL_RING_BYTES } else { RING_BYTES }
     }
 
     /// Most parts of K: their sums must be read again by the norm that follows.
@@ -111,7 +118,7 @@ impl Shape {
             false => (self.tile_rows * 128, (past_end * 128).saturating_sub(self.columns * 128)),
         };
         let stage_bytes = w_bytes + self.columns * 128;
-        (1024 + (RING_BYTES - sums) / stage_bytes * (stage_bytes + 16) + sums + overrun) as u32
+        (1024 + (self.ring_bytes() - sums) / stage_bytes * (stage_bytes + 16) + sums + overrun) as u32
     }
 
     /// Threads of a block: a warpgroup for each 64 rows of a tile, those of the other turns, and a warp that loads. With
@@ -126,7 +133,7 @@ impl Shape {
             ("OUTPUT", self.output),
             ("BN", self.columns),
             ("TILE_ROWS", self.tile_rows),
-            ("RING_BYTES", RING_BYTES),
+            ("RING_BYTES", self.ring_bytes()),
             ("K_GROUPS", self.k_groups()),
             ("CLUSTER", self.cluster()),
         ];
