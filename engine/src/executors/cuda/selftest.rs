@@ -88,8 +88,9 @@ pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error>
     let started = Instant::now();
     let mut cases = Vec::new();
     let is_quick = extent == Extent::Quick;
-    for (name, spec) in models().into_iter().take(if is_quick { 1 } else { usize::MAX }) {
-        for (case, difference) in compare(&spec, device, extent)? {
+    for (i, (name, spec)) in models().into_iter().take(if is_quick { 1 } else { usize::MAX }).enumerate() {
+        let batches = batches(extent, i == 0);
+        for (case, difference) in compare(&spec, device, &batches)? {
             cases.push((format!("{name}: {case}"), difference));
         }
     }
@@ -180,8 +181,8 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
     ]
 }
 
-/// Runs the batches on both executors.
-fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(String, f32)>, Error> {
+/// The batches that a model runs; the first one also runs steps of every width that products have kernels for.
+fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
     let mut batches = vec![
         Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
         Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 512 },
@@ -193,7 +194,25 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
     if extent == Extent::Quick {
         batches.drain(..2);
         batches.truncate(1);
+    } else if is_first {
+        let widths = [
+            ("steps of 43 rows", 43),
+            ("steps of 90 rows", 90),
+            ("steps of 150 rows", 150),
+            ("steps of 165 rows", 165),
+            ("steps of 190 rows", 190),
+            ("steps of 200 rows", 200),
+            ("steps of 220 rows", 220),
+            ("steps of 230 rows", 230),
+            ("steps of 250 rows", 250),
+        ];
+        batches.extend(widths.map(|(name, chunk)| Batch { name, prompts: vec![2 * chunk], chunk }));
     }
+    batches
+}
+
+/// Runs the batches on both executors.
+fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch]) -> Result<Vec<(String, f32)>, Error> {
     let source = DummySource::new(spec.clone(), 1, DType::BF16)?;
     let config = EngineConfig {
         max_num_seqs: Some(32),
@@ -204,7 +223,7 @@ fn compare(spec: &DecoderSpec, device: usize, extent: Extent) -> Result<Vec<(Str
     let mut tuned = CudaExecutor::new(spec, &source, &config, device)?;
     let mut oracle = BurnExecutor::new(spec, &source, &config, Device::flex())?;
     let mut cases = Vec::new();
-    for batch in &batches {
+    for batch in batches {
         let expected = run(&mut oracle, batch, spec.vocab_size, Choice::Greedy)?;
         let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens))?;
         cases.push((batch.name.to_owned(), expected.difference(&forced)));

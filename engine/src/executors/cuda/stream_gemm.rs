@@ -17,7 +17,7 @@ use super::{
 use crate::{Error, decoder::DecoderSpec};
 
 /// Most rows of each kernel.
-const COLUMNS: [usize; 11] = [8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256];
+const COLUMNS: [usize; 14] = [8, 16, 32, 48, 64, 96, 128, 160, 176, 192, 208, 224, 240, 256];
 /// Most rows for which every product of bf16 weights is faster here than in cuBLASLt on an H100 (docs/log.md); the gate
 /// and up projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to
 /// [`MAX_LOGITS_ROWS`].
@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn every_batch_has_its_kernel() {
         let columns = |n| columns_for(n, 224, 132);
-        assert_eq!([1, 9, 16, 17, 128, 129, 193, 256].map(columns), [8, 16, 16, 32, 128, 160, 224, 256]);
+        assert_eq!([1, 9, 16, 17, 128, 129, 193, 256].map(columns), [8, 16, 16, 32, 128, 160, 208, 256]);
         // 896 tiles of 192 rows are 7 rounds of 132 blocks, 672 of 256 are 6.
         assert_eq!([512, 768, 1024, 4096].map(columns), [256, 192, 256, 256]);
     }

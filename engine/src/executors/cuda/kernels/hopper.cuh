@@ -67,32 +67,30 @@ template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.
 #define ACC32(d) ACC16(d, 0), ACC16(d, 16)
 #define ACC48(d) ACC32(d), ACC16(d, 32)
 #define ACC64(d) ACC48(d), ACC16(d, 48)
-#define ACC80(d) ACC64(d), ACC16(d, 64)
-#define ACC96(d) ACC80(d), ACC16(d, 80)
-#define ACC112(d) ACC96(d), ACC16(d, 96)
-#define ACC128(d) ACC112(d), ACC16(d, 112)
+#define ACC72(d) ACC64(d), ACC8(d, 64)
+#define ACC80(d) ACC72(d), ACC8(d, 72)
+#define ACC88(d) ACC80(d), ACC8(d, 80)
+#define ACC96(d) ACC88(d), ACC8(d, 88)
+#define ACC104(d) ACC96(d), ACC8(d, 96)
+#define ACC112(d) ACC104(d), ACC8(d, 104)
+#define ACC120(d) ACC112(d), ACC8(d, 112)
+#define ACC128(d) ACC120(d), ACC8(d, 120)
 #define REGS4 "%0, %1, %2, %3"
 #define REGS8 REGS4 ", %4, %5, %6, %7"
 #define REGS16 REGS8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGS24 REGS16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define REGS32 REGS24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGS48 \
-    REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, " \
-    "%40, %41, %42, %43, %44, %45, %46, %47"
-#define REGS64 \
-    REGS48 ", %48, %49, %50, %51, %52, %53, %54, %55, " \
-    "%56, %57, %58, %59, %60, %61, %62, %63"
-#define REGS80 \
-    REGS64 ", %64, %65, %66, %67, %68, %69, %70, %71, " \
-    "%72, %73, %74, %75, %76, %77, %78, %79"
-#define REGS96 \
-    REGS80 ", %80, %81, %82, %83, %84, %85, %86, %87, " \
-    "%88, %89, %90, %91, %92, %93, %94, %95"
-#define REGS112 \
-    REGS96 ", %96, %97, %98, %99, %100, %101, %102, %103, " \
-    "%104, %105, %106, %107, %108, %109, %110, %111"
-#define REGS128 \
-    REGS112 ", %112, %113, %114, %115, %116, %117, %118, %119, " \
-    "%120, %121, %122, %123, %124, %125, %126, %127"
+#define REGS40 REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define REGS48 REGS40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define REGS56 REGS48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define REGS64 REGS56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGS72 REGS64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define REGS80 REGS72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define REGS88 REGS80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define REGS96 REGS88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define REGS104 REGS96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define REGS112 REGS104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define REGS120 REGS112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define REGS128 REGS120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #endif

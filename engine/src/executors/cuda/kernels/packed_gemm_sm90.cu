@@ -1,5 +1,6 @@
 // variant: bf16_16 OUTPUT=0 BN=16
 // variant: bf16_128_narrow OUTPUT=0 BN=128 TILE_ROWS=48 K_GROUPS=2
+// variant: bf16_176_narrow OUTPUT=0 BN=176 TILE_ROWS=48
 // variant: bf16_192_narrow OUTPUT=0 BN=192 TILE_ROWS=48
 // variant: bf16_256 OUTPUT=0 BN=256
 // variant: bf16_128_wide OUTPUT=0 BN=128 TILE_ROWS=192
@@ -12,6 +13,7 @@
 // variant: gated_16 OUTPUT=2 BN=16 TILE_ROWS=112
 // variant: gated_128 OUTPUT=2 BN=128 TILE_ROWS=112
 // variant: gated_192 OUTPUT=2 BN=192
+// variant: gated_240 OUTPUT=2 BN=240
 // variant: f32_256 OUTPUT=1 BN=256
 // variant: gated_256 OUTPUT=2 BN=256 CLUSTER=2
 // variant: add_256 OUTPUT=3 BN=256 CLUSTER=2
@@ -78,8 +80,11 @@ DEVICE void wgmma(float (&d)[BN / 2], const u32 (&a)[4], u64 x) {
     if constexpr (BN == 96) WGMMA(96, REGS48, "%48, %49, %50, %51", "%52", ACC48(d));
     if constexpr (BN == 128) WGMMA(128, REGS64, "%64, %65, %66, %67", "%68", ACC64(d));
     if constexpr (BN == 160) WGMMA(160, REGS80, "%80, %81, %82, %83", "%84", ACC80(d));
+    if constexpr (BN == 176) WGMMA(176, REGS88, "%88, %89, %90, %91", "%92", ACC88(d));
     if constexpr (BN == 192) WGMMA(192, REGS96, "%96, %97, %98, %99", "%100", ACC96(d));
+    if constexpr (BN == 208) WGMMA(208, REGS104, "%104, %105, %106, %107", "%108", ACC104(d));
     if constexpr (BN == 224) WGMMA(224, REGS112, "%112, %113, %114, %115", "%116", ACC112(d));
+    if constexpr (BN == 240) WGMMA(240, REGS120, "%120, %121, %122, %123", "%124", ACC120(d));
     if constexpr (BN == 256) WGMMA(256, REGS128, "%128, %129, %130, %131", "%132", ACC128(d));
 }
 
