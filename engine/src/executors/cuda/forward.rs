@@ -208,7 +208,8 @@ impl Forward {
         if is_whole {
             self.pending = Pending::default();
         }
-        self.ops.rmsnorm.launch(gpu.cu_stream(), self.ops.rmsnorm_launch(n), &args)
+        let kernel = if parts > 0 { &self.ops.rmsnorm } else { &self.ops.rmsnorm_whole };
+        kernel.launch(gpu.cu_stream(), self.ops.rmsnorm_launch(n), &args)
     }
 
     /// A product of `n` rows, from buffer to buffer.

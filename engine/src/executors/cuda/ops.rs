@@ -111,12 +111,14 @@ const GEMV_KINDS: [(&str, &str); 5] = [
 ];
 
 /// Variants before the GEMVs.
-const N_OTHERS: usize = 6;
+const N_OTHERS: usize = 7;
 
 /// All kernels of a model.
 pub(super) struct Ops {
     pub(super) embed: Kernel,
     pub(super) rmsnorm: Kernel,
+    /// The same without parts to add: in fewer registers, so more rows at a time.
+    pub(super) rmsnorm_whole: Kernel,
     pub(super) rope_kv: Kernel,
     pub(super) silu_mul: Kernel,
     pub(super) decode_attention: Kernel,
@@ -146,12 +148,10 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
         };
         GEMV_KINDS.into_iter().zip(Product::ALL.map(|product| product.size(spec))).map(of).collect::<Vec<_>>()
     });
+    let norm = [("BLOCK", ELEMENTWISE as usize), ("CHUNKS", h.div_ceil(8 * ELEMENTWISE as usize)), ("MAX_PARTS", 0)];
     let others = vec![
         Variant::new(&compile::EMBED, &[]),
-        Variant::new(
-            &compile::RMSNORM,
-            &[("BLOCK", ELEMENTWISE as usize), ("CHUNKS", h.div_ceil(8 * ELEMENTWISE as usize))],
-        ),
+        Variant::new(&compile::RMSNORM, &norm[..2]),
         match spec.qk_norm {
             true => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim), ("QK_NORM", 1)]),
             false => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim)]),
@@ -165,6 +165,7 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
             ),
             false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
         },
+        Variant::new(&compile::RMSNORM, &norm),
     ];
     let clusters = DECODE_CLUSTERS.iter().filter(|_| hopper).map(|&(cluster, _)| {
         let macros = [("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS), ("CLUSTER", cluster)];
@@ -222,6 +223,7 @@ impl Ops {
         Ok(Self {
             embed: one(0, "embed_gather")?,
             rmsnorm: one(1, "rmsnorm")?,
+            rmsnorm_whole: one(6, "rmsnorm")?,
             rope_kv: one(2, "rope_kv_write")?,
             silu_mul: one(3, "silu_mul")?,
             decode_attention,
@@ -249,7 +251,7 @@ impl Ops {
         Launch { dependent: false, ..self.launch([n_tokens as u32, 1, 1], block) }
     }
 
-    /// For `rmsnorm`.
+    /// For both `rmsnorm`s.
     pub(super) fn rmsnorm_launch(&self, n_rows: usize) -> Launch {
         self.launch([n_rows as u32, 1, 1], ELEMENTWISE)
     }

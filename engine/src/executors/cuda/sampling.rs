@@ -241,7 +241,7 @@ impl Sampling {
             Arg::Ptr(tokens),
             Arg::Ptr(forward.buffers.last_tokens.ptr()),
         ];
-        let n_blocks = (2 * self.n_sms).div_ceil(n).min(self.vocab_size.div_ceil(4096)).max(1);
+        let n_blocks = (6 * self.n_sms).div_ceil(n).min(self.vocab_size.div_ceil(4096)).max(1);
         self.sample.launch(stream, launch(n_blocks, 256), &args)?;
         if !wants_logprobs {
             return Ok(());

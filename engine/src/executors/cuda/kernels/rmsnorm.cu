@@ -1,6 +1,7 @@
 // variant: rmsnorm BLOCK=256
 // variant: rmsnorm-wide BLOCK=512 CHUNKS=1
 // variant: rmsnorm-small BLOCK=128 CHUNKS=2
+// variant: rmsnorm-whole BLOCK=256 CHUNKS=2 MAX_PARTS=0
 //
 // RMSNorm (Zhang and Sennrich 2019): h[i, :] = bf16(v / sqrt(mean(v^2) + eps) * w) with v = x[r, :] + the sum of
 // parts[p, r, :], r = rows[i] or i.
@@ -18,7 +19,9 @@
 #ifndef CHUNKS
 #define CHUNKS 4  // 8-element chunks a thread may hold
 #endif
-constexpr int MAX_PARTS = 4;  // read at once; more come one by one
+#ifndef MAX_PARTS
+#define MAX_PARTS 4  // read at once; more come one by one. 0: there are none
+#endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, float* x_out,
@@ -37,7 +40,7 @@ rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, 
     bf16* to = h + (long long)blockIdx.x * hidden;
 
     float v[CHUNKS][8] = {};
-    float part[CHUNKS][MAX_PARTS][8] = {};
+    float part[CHUNKS][MAX_PARTS > 0 ? MAX_PARTS : 1][8] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         const int i = (c * BLOCK + threadIdx.x) * 8;
@@ -56,7 +59,7 @@ rmsnorm(const float* x, const float* parts, int n_parts, long long part_stride, 
         for (int p = 0; p < MAX_PARTS; ++p)
 #pragma unroll
             for (int j = 0; j < 8; ++j) v[c][j] += part[c][p][j];
-        for (int p = MAX_PARTS; p < n_parts; ++p) {
+        for (int p = MAX_PARTS; MAX_PARTS > 0 && p < n_parts; ++p) {
             float more[8];
             load_f32x8(parts + p * part_stride + row * hidden + i, more);
 #pragma unroll
