@@ -64,6 +64,11 @@ const STEPS: &[Step] = &[
         check: Check::Own(|_| ["minilm", "smollm2"].into_iter().try_for_each(|name| model::fetch(name).map(drop))),
     },
     Step { name: "test", check: Check::Cargo(&["test", "--workspace"]) },
+    // What of the CUDA executor runs without a device: plans, tiles, layouts, packing.
+    Step {
+        name: "cuda-test",
+        check: Check::Cargo(&["test", "-p", "ember-engine", "--features", "cuda", "--lib", "executors::cuda"]),
+    },
     // Runs the server that the tests have built.
     Step { name: "clients", check: Check::Own(clients::check_all) },
 ];
