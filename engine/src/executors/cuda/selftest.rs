@@ -198,6 +198,7 @@ fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
         let widths = [
             ("steps of 43 rows", 43),
             ("steps of 90 rows", 90),
+            ("steps of 123 rows", 123),
             ("steps of 150 rows", 150),
             ("steps of 165 rows", 165),
             ("steps of 190 rows", 190),
@@ -287,4 +288,20 @@ fn measure(gpu: &Gpu) -> Result<(f32, f32), Error> {
     let product = time(&mut || gemm.run(gpu, shape, operands))?;
     let flop = 2.0 * (N as f32).powi(3);
     Ok((2.0 * N_BYTES as f32 / copy / 1e9, flop / product / 1e12))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executors::cuda::stream_gemm::COLUMNS;
+
+    #[test]
+    fn steps_of_every_width_are_run() {
+        let chunks: Vec<usize> = batches(Extent::Full, true).iter().map(|batch| batch.chunk).collect();
+        // Decoding sequences make the narrower ones.
+        for width in COLUMNS.windows(2).filter(|width| width[0] >= 32) {
+            let is_run = chunks.iter().any(|chunk| (width[0] + 1..=width[1]).contains(chunk));
+            assert!(is_run, "no batch has steps of {} to {} rows", width[0] + 1, width[1]);
+        }
+    }
 }

@@ -17,7 +17,7 @@ use super::{
 use crate::{Error, decoder::DecoderSpec};
 
 /// Most rows of each kernel.
-const COLUMNS: [usize; 14] = [8, 16, 32, 48, 64, 96, 128, 160, 176, 192, 208, 224, 240, 256];
+pub(super) const COLUMNS: [usize; 14] = [8, 16, 32, 48, 64, 96, 128, 160, 176, 192, 208, 224, 240, 256];
 /// Most rows for which every product of bf16 weights is faster here than in cuBLASLt on an H100 (docs/log.md); the gate
 /// and up projections, which cuBLASLt leaves to another kernel to multiply, are always, logits up to
 /// [`MAX_LOGITS_ROWS`].
@@ -28,9 +28,9 @@ const MAX_LOGITS_ROWS: usize = 64;
 const MAX_PACKED_ROWS: usize = 256;
 /// Most parts of K.
 const MAX_SPLIT: usize = 4;
-/// Bytes of the ring of weights and activations: what leaves a block of attention room beside it; and of the fewest
-/// columns, which have no use for so many, and leave room to norms, too.
+/// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
 const RING_BYTES: usize = 208_000;
+/// The same of the fewest columns, which have no use for more, and so leave room to norms, too (docs/log.md).
 const SMALL_RING_BYTES: usize = 136_000;
 /// Tiles for more rows than [`MAX_PACKED_ROWS`], rows of packed weights and of activations, and microseconds that one
 /// takes for 4,096 columns at an H100's power limit (docs/log.md).

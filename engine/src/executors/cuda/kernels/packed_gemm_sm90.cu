@@ -72,8 +72,8 @@ static_assert(!MANY_REGISTERS || N_CONSUMERS * CONSUMER_REGISTERS + LOADER_REGIS
 
 // d[64 x BN] += a[64 x 16] x[BN x 16]^T, x from shared memory.
 DEVICE void wgmma(float (&d)[BN / 2], const u32 (&a)[4], u64 x) {
-    static_assert(BN <= 32 ? (BN & (BN - 1)) == 0 : BN == 48 || BN == 64 || BN == 96 || (BN >= 128 && BN != 144 && BN % 16 == 0),
-                  "BN has no instruction below");
+    constexpr bool IS_SMALL = BN == 8 || BN == 16 || BN == 32 || BN == 48 || BN == 64 || BN == 96;
+    static_assert(IS_SMALL || (BN >= 128 && BN != 144 && BN % 16 == 0), "BN has no instruction below");
     if constexpr (BN == 8) WGMMA(8, REGS4, "%4, %5, %6, %7", "%8", ACC4(d, 0));
     if constexpr (BN == 16) WGMMA(16, REGS8, "%8, %9, %10, %11", "%12", ACC8(d, 0));
     if constexpr (BN == 32) WGMMA(32, REGS16, "%16, %17, %18, %19", "%20", ACC16(d, 0));
