@@ -112,7 +112,7 @@ fn on_cuda(
     index: usize,
 ) -> Result<Box<dyn Executor>, Error> {
     if config.kv_cache_dtype != crate::KvCacheDType::Auto {
-        let message = "on a GPU the KV cache has the activations' type; use `--kv-cache-dtype auto` or `--device cpu`";
+        let message = "on a GPU the KV cache keeps bfloat16 in 12 bits; use `--kv-cache-dtype auto` or `--device cpu`";
         return Err(Error::config("--kv-cache-dtype", message));
     }
     if config.quantization.is_some() {

@@ -2,7 +2,7 @@
 
 use super::{
     device::Gpu, gemm::padded_rows, inputs::Layout, long_attention, memory::DeviceBuffer, ops::kv_tiles,
-    stream_gemm::StreamGemm, tensor_map::TensorMap,
+    stream_gemm::StreamGemm,
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -92,31 +92,31 @@ impl StepBuffers {
     }
 }
 
-/// The KV cache.
+/// The KV cache: of each layer blocks of [`block_bytes`], `[n_pages, n_kv_heads]` (`kernels/packed_kv.cuh`).
 pub(super) struct KvCache {
-    /// Keys and values of each layer, bf16 `[n_pages, n_kv_heads, 16, head_dim]`.
-    pub(super) layers: Vec<(DeviceBuffer, DeviceBuffer)>,
-    /// The same for Hopper's copy engine; empty on other devices.
-    pub(super) maps: Vec<(TensorMap, TensorMap)>,
+    pub(super) layers: Vec<DeviceBuffer>,
 }
 
 impl KvCache {
-    /// `n_pages` pages in every layer.
+    /// `n_pages` pages in every layer. Zeroed: a scale that was never written must not be infinite.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, n_pages: usize) -> Result<Self, Error> {
         let n_bytes = n_pages * page_bytes(spec);
-        let cache = || DeviceBuffer::zeroed(gpu, n_bytes, "a layer's KV cache");
-        let layers = (0..spec.n_layers).map(|_| Ok((cache()?, cache()?))).collect::<Result<Vec<_>, Error>>()?;
-        let n_rows = n_pages * spec.n_kv_heads * crate::step::PAGE_SIZE;
-        let map = |cache: &DeviceBuffer| TensorMap::of_cache(cache.ptr(), n_rows, spec.head_dim);
-        let maps = match gpu.is_hopper() {
-            true => layers.iter().map(|(k, v)| Ok((map(k)?, map(v)?))).collect::<Result<_, Error>>()?,
-            false => Vec::new(),
-        };
-        Ok(Self { layers, maps })
+        let layers = (0..spec.n_layers).map(|_| DeviceBuffer::zeroed(gpu, n_bytes, "a layer's KV cache"));
+        Ok(Self { layers: layers.collect::<Result<_, Error>>()? })
     }
 }
 
-/// Bytes of one page of one layer's keys (or values).
+/// Bytes of one page of one layer, keys and values.
 pub(super) fn page_bytes(spec: &DecoderSpec) -> usize {
-    spec.n_kv_heads * crate::step::PAGE_SIZE * spec.head_dim * 2
+    spec.n_kv_heads * block_bytes(spec)
+}
+
+/// Bytes of one page of one kv head, keys and values: 12 bits a number, and a line of scales.
+pub(super) fn block_bytes(spec: &DecoderSpec) -> usize {
+    2 * crate::step::PAGE_SIZE * kv_dim(spec) * 12 / 8 + 128
+}
+
+/// Head dimensions in the cache, padding included.
+pub(super) fn kv_dim(spec: &DecoderSpec) -> usize {
+    spec.head_dim.next_multiple_of(64)
 }

@@ -46,17 +46,19 @@ sources! {
     PREFILL_ATTENTION = "prefill_attention";
     PREFILL_ATTENTION_SM90 = "prefill_attention_sm90";
     DUMMY_WEIGHTS = "dummy_weights";
+    UNPACK_KV = "unpack_kv";
     SAMPLE = "sample";
     PENALTIES = "penalties";
 }
 
 /// Texts that the sources include.
-static HEADERS: [(&CStr, &str); 7] = [
+static HEADERS: [(&CStr, &str); 8] = [
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"decode_page.cuh", include_str!("kernels/decode_page.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"packed.cuh", include_str!("kernels/packed.cuh")),
+    (c"packed_kv.cuh", include_str!("kernels/packed_kv.cuh")),
     (c"sampling.cuh", include_str!("kernels/sampling.cuh")),
     (c"stream_tile.cuh", include_str!("kernels/stream_tile.cuh")),
 ];

@@ -88,7 +88,7 @@ impl CudaExecutor {
     }
 
     /// Puts the packed inputs on the device.
-    fn upload(&mut self, index: usize, n_bytes: usize, shape: StepShape) -> Result<(), Error> {
+    fn upload(&mut self, index: usize, n_bytes: usize, shape: &StepShape) -> Result<(), Error> {
         let inputs = &mut self.in_flight[index].inputs;
         let buffers = &self.setup.forward.buffers;
         let stream = self.gpu.cu_stream();
@@ -127,7 +127,7 @@ impl CudaExecutor {
     }
 
     /// Enqueues the forward pass of `step`, logits of the rows to sample included.
-    fn forward(&mut self, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> Result<(), Error> {
+    fn forward(&mut self, step: &StepInput, shape: &StepShape, bucket: Option<usize>) -> Result<(), Error> {
         if let Some(bucket) = bucket {
             return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
         }
@@ -140,12 +140,13 @@ impl CudaExecutor {
 
     fn shape(&self, step: &StepInput) -> StepShape {
         let forward = &self.setup.forward;
-        let mut shape = StepShape::of(step, forward.spec.n_heads / forward.spec.n_kv_heads);
-        shape.decode_blocks = forward.decode_blocks(&self.gpu, shape);
+        let group = forward.spec.n_heads / forward.spec.n_kv_heads;
+        let mut shape = StepShape::of(step, group, forward.contexts.n_pages());
+        shape.decode_blocks = forward.decode_blocks(&self.gpu, &shape);
         shape
     }
 
-    fn check_size(&self, step: &StepInput, shape: StepShape) -> Result<(), Error> {
+    fn check_size(&self, step: &StepInput, shape: &StepShape) -> Result<(), Error> {
         let limits = self.setup.limits;
         let too_large = step.n_tokens() > limits.max_tokens
             || shape.n_seqs > limits.max_seqs
@@ -170,7 +171,7 @@ impl Executor for CudaExecutor {
     fn launch(&mut self, step: StepInput) -> Result<(), Error> {
         self.gpu.bind()?;
         let shape = self.shape(&step);
-        self.check_size(&step, shape)?;
+        self.check_size(&step, &shape)?;
         let wants_prompt = step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some());
         let bucket = if shape.is_decode() && !wants_prompt && shape.n_seqs > 0 {
             bucket_for(&self.setup.buckets, shape.n_seqs)
@@ -180,9 +181,9 @@ impl Executor for CudaExecutor {
         let index = self.next;
         self.next = 1 - self.next;
         let size = bucket.map(|bucket| self.setup.buckets[bucket]);
-        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, &step, shape, size);
-        self.upload(index, n_bytes, shape)?;
-        self.forward(&step, shape, bucket)?;
+        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, &step, &shape, size);
+        self.upload(index, n_bytes, &shape)?;
+        self.forward(&step, &shape, bucket)?;
         let output = self.sampling.sample(&self.gpu, &self.setup.forward, &step, index)?;
         self.in_flight[index].done.record(self.gpu.cu_stream())?;
         self.pending.push_back(Pending { index, output });
@@ -202,12 +203,12 @@ impl Executor for CudaExecutor {
         self.gpu.bind()?;
         let n = step.n_tokens() * self.setup.forward.spec.hidden_size;
         let shape = self.shape(step);
-        self.check_size(step, shape)?;
+        self.check_size(step, &shape)?;
         let index = self.next;
-        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, step, shape, None);
-        self.upload(index, n_bytes, shape)?;
+        let n_bytes = self.in_flight[index].inputs.pack(&self.setup.forward.layout, step, &shape, None);
+        self.upload(index, n_bytes, &shape)?;
         let forward = &mut self.setup.forward;
-        forward.chunks(&self.gpu, shape)?;
+        forward.chunks(&self.gpu, &shape)?;
         forward.final_norm(&self.gpu, shape.n_tokens)?;
         let bits: Vec<u16> = forward.buffers.h.read(&self.gpu, 0, n)?;
         Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())

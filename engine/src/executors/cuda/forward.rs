@@ -9,7 +9,7 @@ use std::ops::Range;
 use cudarc::driver::sys;
 
 use super::{
-    buffers::{KvCache, StepBuffers},
+    buffers::{KvCache, StepBuffers, page_bytes},
     device::Gpu,
     experts::{ExpertRows, Experts},
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
@@ -24,10 +24,11 @@ use super::{
     ops::{Contexts, Gemv, Ops},
     packed_weights::MatrixAt,
     product::Product,
+    prompt_contexts::{PromptContexts, PromptGroup},
     side_stream::{SideStream, decode_share},
     stream_gemm::StreamGemm,
 };
-use crate::{Error, decoder::DecoderSpec};
+use crate::{Error, decoder::DecoderSpec, step::PAGE_SIZE};
 
 /// All that a step needs but its inputs.
 pub(super) struct Forward {
@@ -49,6 +50,8 @@ pub(super) struct Forward {
     pub(super) layout: Layout,
     /// float32 `[max_position, head_dim]`: cosines, then sines.
     pub(super) cos_sin: DeviceBuffer,
+    /// What prefill attention reads.
+    pub(super) contexts: PromptContexts,
     /// Set once the memory plan is made; before, nothing reads or writes the cache.
     pub(super) kv: KvCache,
     /// Pages of a row of the block tables.
@@ -66,13 +69,13 @@ pub(super) struct Pending {
 
 /// Rows of a step, by the kernel that attends them.
 #[derive(Debug, Clone, Copy)]
-struct Rows {
+struct Rows<'a> {
     /// Query rows.
     n_tokens: usize,
     /// Leading rows that are one sequence each.
     n_decode: usize,
-    /// Tiles of the other ones.
-    n_tiles: usize,
+    /// The other ones.
+    groups: &'a [PromptGroup],
     /// Of the leading rows.
     contexts: Contexts,
     /// Blocks of [`LongAttention`].
@@ -85,7 +88,7 @@ impl Forward {
     pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize, contexts: Contexts) -> Result<(), Error> {
         let tokens = self.layout.decode;
         let decode_blocks = gpu.n_sms as usize;
-        let rows = Rows { n_tokens: bucket, n_decode: bucket, n_tiles: 0, contexts, decode_blocks };
+        let rows = Rows { n_tokens: bucket, n_decode: bucket, groups: &[], contexts, decode_blocks };
         self.embed(gpu, tokens, bucket)?;
         if !self.uses_gemv(bucket) {
             for layer in 0..self.spec.n_layers {
@@ -122,11 +125,11 @@ impl Forward {
     }
 
     /// Any step, without its logits.
-    pub(super) fn chunks(&mut self, gpu: &Gpu, shape: StepShape) -> Result<(), Error> {
+    pub(super) fn chunks(&mut self, gpu: &Gpu, shape: &StepShape) -> Result<(), Error> {
         let tokens = self.layout.chunk;
         let contexts = Contexts::of(shape.n_blocks);
-        let StepShape { n_tokens, n_decode, n_tiles, decode_blocks, .. } = shape;
-        let rows = Rows { n_tokens, n_decode, n_tiles, contexts, decode_blocks };
+        let &StepShape { n_tokens, n_decode, decode_blocks, .. } = shape;
+        let rows = Rows { n_tokens, n_decode, groups: &shape.groups, contexts, decode_blocks };
         self.embed(gpu, tokens, n_tokens)?;
         (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
     }
@@ -249,7 +252,7 @@ impl Forward {
         self.ops.silu_mul.launch(gpu.cu_stream(), self.ops.silu_mul_launch(n, inter), &args)
     }
 
-    fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows, tokens: TokenSections) -> Result<(), Error> {
+    fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows<'_>, tokens: TokenSections) -> Result<(), Error> {
         let n = rows.n_tokens;
         let w = &self.weights.layers[layer];
         let (input_norm, post_norm) = (w.input_norm.ptr(), w.post_attention_norm.ptr());
@@ -257,7 +260,7 @@ impl Forward {
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
             self.decode_attention_rope(gpu.cu_stream(), layer, rows)?;
-        } else if rows.n_decode > 0 && rows.n_tiles > 0 && !self.spec.qk_norm {
+        } else if rows.n_decode > 0 && !rows.groups.is_empty() && !self.spec.qk_norm {
             let stream = self.side.fork(gpu)?;
             self.decode_attention_rope(stream, layer, rows)?;
             self.rope_kv(gpu, layer, tokens, rows.n_decode..n)?;
@@ -265,12 +268,12 @@ impl Forward {
                 Some(_) => gpu.n_sms as usize - rows.decode_blocks,
                 None => gpu.n_sms as usize,
             };
-            self.prefill_attention(gpu, layer, rows.n_tiles, n_sms)?;
+            self.prefill_attention(gpu, layer, rows.groups, n_sms)?;
             self.side.join(gpu)?;
         } else {
             self.rope_kv(gpu, layer, tokens, 0..n)?;
             self.decode_attention(gpu, layer, rows)?;
-            self.prefill_attention(gpu, layer, rows.n_tiles, gpu.n_sms as usize)?;
+            self.prefill_attention(gpu, layer, rows.groups, gpu.n_sms as usize)?;
         }
         self.product(gpu, (Product::O, layer), n)?;
         self.norm(gpu, post_norm, 0, n)?;
@@ -299,7 +302,7 @@ impl Forward {
         }
     }
 
-    fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+    fn gemv_layer(&self, gpu: &Gpu, layer: usize, rows: Rows<'_>) -> Result<(), Error> {
         let (s, ops, b) = (&self.spec, &self.ops, &self.buffers);
         let w = &self.weights.layers[layer];
         let n = rows.n_tokens;
@@ -344,7 +347,7 @@ impl Forward {
         let (first, n) = (rows.start as u64, rows.len());
         let row_bytes = 2 * (self.spec.n_heads + 2 * self.spec.n_kv_heads) * self.spec.head_dim;
         // Before the memory plan there is no cache, and no slot to write to.
-        let (k, v) = self.kv.layers.get(layer).map_or((0, 0), |(k, v)| (k.ptr(), v.ptr()));
+        let cache = self.kv.layers.get(layer).map_or(0, DeviceBuffer::ptr);
         let w: &LayerWeights = &self.weights.layers[layer];
         let (q_norm, k_norm) = w.qk_norms();
         let args = [
@@ -353,8 +356,7 @@ impl Forward {
             Ptr(self.cos_sin.ptr()),
             Ptr(self.input(tokens.positions) + first * 4),
             Ptr(self.input(tokens.slot_mapping) + first * 4),
-            Ptr(k),
-            Ptr(v),
+            Ptr(cache),
             Int(n as i32),
             Int(self.spec.n_heads as i32),
             Int(self.spec.n_kv_heads as i32),
@@ -365,9 +367,9 @@ impl Forward {
         self.ops.rope_kv.launch(gpu.cu_stream(), self.ops.rope_kv_launch(n), &args)
     }
 
-    fn decode_attention_rope(&self, stream: sys::CUstream, layer: usize, rows: Rows) -> Result<(), Error> {
+    fn decode_attention_rope(&self, stream: sys::CUstream, layer: usize, rows: Rows<'_>) -> Result<(), Error> {
         // Beside prefill attention nothing of its own stream is ahead.
-        let on_stream = |launch: Launch| Launch { dependent: launch.dependent && rows.n_tiles == 0, ..launch };
+        let on_stream = |launch: Launch| Launch { dependent: launch.dependent && rows.groups.is_empty(), ..launch };
         if let Some(attention) = self.long_attention_of(rows.contexts) {
             let launch = on_stream(attention.launch(rows.n_decode, rows.decode_blocks));
             return attention.kernel().launch(stream, launch, &self.long_attention_args(layer, rows));
@@ -384,21 +386,19 @@ impl Forward {
     }
 
     /// Multiprocessors for decode attention of a step of `shape`.
-    pub(super) fn decode_blocks(&self, gpu: &Gpu, shape: StepShape) -> usize {
+    pub(super) fn decode_blocks(&self, gpu: &Gpu, shape: &StepShape) -> usize {
         let n_sms = gpu.n_sms as usize;
-        let is_beside = shape.n_tiles > 0 && shape.n_decode > 0;
+        let is_beside = !shape.groups.is_empty() && shape.n_decode > 0;
         if !is_beside || self.long_attention_of(Contexts::of(shape.n_blocks)).is_none() {
             return n_sms;
         }
-        let bytes = shape.n_decode_context * 4 * self.spec.n_kv_heads * self.spec.head_dim;
+        let bytes = shape.n_decode_context / PAGE_SIZE * page_bytes(&self.spec);
         let flop = shape.n_chunk_pairs * 4 * self.spec.n_heads * self.spec.head_dim;
         decode_share(n_sms, bytes as f64, flop as f64)
     }
 
-    fn long_attention_args(&self, layer: usize, rows: Rows) -> Vec<Arg> {
-        let (k_map, v_map) = &self.kv.maps[layer];
-        let mut args = vec![Map(k_map), Map(v_map)];
-        args.extend(self.rope_args(layer));
+    fn long_attention_args(&self, layer: usize, rows: Rows<'_>) -> Vec<Arg> {
+        let mut args = self.rope_args(layer).to_vec();
         args.extend(self.attention_buffers(layer));
         args.extend([
             Ptr(self.input(self.layout.unit_starts)),
@@ -412,7 +412,7 @@ impl Forward {
         args
     }
 
-    fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows) -> Result<(), Error> {
+    fn decode_attention(&self, gpu: &Gpu, layer: usize, rows: Rows<'_>) -> Result<(), Error> {
         if rows.n_decode == 0 {
             return Ok(());
         }
@@ -428,14 +428,12 @@ impl Forward {
     }
 
     /// What every decode attention reads and writes beside q, k and v.
-    fn attention_buffers(&self, layer: usize) -> [Arg; 8] {
+    fn attention_buffers(&self, layer: usize) -> [Arg; 7] {
         let b = &self.buffers;
-        let (k, v) = &self.kv.layers[layer];
         [
             Ptr(b.block_tables.ptr()),
             Ptr(self.input(self.layout.context_lens)),
-            Ptr(k.ptr()),
-            Ptr(v.ptr()),
+            Ptr(self.kv.layers[layer].ptr()),
             Ptr(b.attn_out.ptr()),
             Ptr(b.partial_out.ptr()),
             Ptr(b.partial_max_sum.ptr()),
@@ -444,7 +442,7 @@ impl Forward {
     }
 
     /// The arguments that decode_attention.cu's kernels end with.
-    fn cache_args(&self, layer: usize, rows: Rows) -> impl Iterator<Item = Arg> {
+    fn cache_args(&self, layer: usize, rows: Rows<'_>) -> impl Iterator<Item = Arg> {
         let cut = [
             Int(self.max_blocks as i32),
             Int(self.window()),
@@ -454,43 +452,56 @@ impl Forward {
         self.attention_buffers(layer).into_iter().chain(cut)
     }
 
-    /// On Hopper, on `n_sms` multiprocessors.
-    fn prefill_attention(&self, gpu: &Gpu, layer: usize, n_tiles: usize, n_sms: usize) -> Result<(), Error> {
-        if n_tiles == 0 {
-            return Ok(());
+    /// Unpacks the contexts of prompts and attends them, group by group; on Hopper on `n_sms` multiprocessors.
+    fn prefill_attention(&self, gpu: &Gpu, layer: usize, groups: &[PromptGroup], n_sms: usize) -> Result<(), Error> {
+        let mut tiles = self.input(self.layout.tiles);
+        for group in groups {
+            self.unpack_kv(gpu, layer, group)?;
+            let launch = self.ops.prefill_attention_launch(group.n_tiles, n_sms);
+            self.ops.prefill_attention.launch(gpu.cu_stream(), launch, &self.prefill_args(tiles, group.n_tiles))?;
+            tiles += 8 * group.n_tiles as u64;
         }
+        Ok(())
+    }
+
+    fn unpack_kv(&self, gpu: &Gpu, layer: usize, group: &PromptGroup) -> Result<(), Error> {
+        let args = [
+            Ptr(self.kv.layers[layer].ptr()),
+            Ptr(self.buffers.block_tables.ptr()),
+            Int(self.max_blocks as i32),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(self.input(self.layout.cu_seqlens)),
+            Ptr(self.input(self.layout.context_starts)),
+            Ptr(self.contexts.keys.ptr()),
+            Ptr(self.contexts.values.ptr()),
+            Int(group.seqs.start as i32),
+            Int(group.seqs.len() as i32),
+            Int(self.contexts.n_tokens() as i32),
+            Int(self.window()),
+        ];
+        self.ops.unpack_kv.launch(gpu.cu_stream(), self.ops.unpack_kv_launch(group.n_pages), &args)
+    }
+
+    /// The arguments of prefill attention for `n_tiles` tiles at address `tiles`.
+    fn prefill_args(&self, tiles: u64, n_tiles: usize) -> Vec<Arg> {
         let b = &self.buffers;
         let (qkv, out) = (Ptr(b.qkv.ptr()), Ptr(b.attn_out.ptr()));
-        let cu_seqlens = Ptr(self.input(self.layout.cu_seqlens));
-        let context_lens = Ptr(self.input(self.layout.context_lens));
-        let (block_tables, max_blocks) = (Ptr(b.block_tables.ptr()), Int(self.max_blocks as i32));
-        let tiles = Ptr(self.input(self.layout.tiles));
-        let (scale, window) = (Float(self.scale()), Int(self.window()));
-        let kernel = &self.ops.prefill_attention;
-        let launch = self.ops.prefill_attention_launch(n_tiles, n_sms);
-        if let Some((k, v)) = self.kv.maps.get(layer) {
-            let (n_tiles, n_kv) = (Int(n_tiles as i32), Int(self.spec.n_kv_heads as i32));
-            let args = [
-                Map(k),
-                Map(v),
-                qkv,
-                out,
-                cu_seqlens,
-                context_lens,
-                block_tables,
-                max_blocks,
-                tiles,
-                n_tiles,
-                n_kv,
-                scale,
-                window,
-            ];
-            return kernel.launch(gpu.cu_stream(), launch, &args);
+        let mut args = match &self.contexts.maps {
+            Some((k, v)) => vec![Map(k), Map(v), qkv, out],
+            None => vec![qkv, Ptr(self.contexts.keys.ptr()), Ptr(self.contexts.values.ptr()), out],
+        };
+        args.extend([
+            Ptr(self.input(self.layout.cu_seqlens)),
+            Ptr(self.input(self.layout.context_lens)),
+            Ptr(self.input(self.layout.context_starts)),
+            Int(self.contexts.n_tokens() as i32),
+            Ptr(tiles),
+        ]);
+        if self.contexts.maps.is_some() {
+            args.extend([Int(n_tiles as i32), Int(self.spec.n_kv_heads as i32)]);
         }
-        let (k, v) = &self.kv.layers[layer];
-        let (k, v) = (Ptr(k.ptr()), Ptr(v.ptr()));
-        let args = [qkv, k, v, out, cu_seqlens, context_lens, block_tables, max_blocks, tiles, scale, window];
-        kernel.launch(gpu.cu_stream(), launch, &args)
+        args.extend([Float(self.scale()), Int(self.window())]);
+        args
     }
 
     fn scale(&self) -> f32 {

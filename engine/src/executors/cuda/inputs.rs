@@ -3,7 +3,7 @@
 //! The block starts with what a decode step needs, each array at its place for the largest batch, so that addresses
 //! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
 
-use super::{attention_work::AttentionWork, memory::PinnedBuffer};
+use super::{attention_work::AttentionWork, memory::PinnedBuffer, prompt_contexts::PromptGroup};
 use crate::step::{SampleRow, StepInput, StepSeq};
 
 /// Query rows of one tile of the prefill kernel, heads packed in.
@@ -51,7 +51,9 @@ pub(super) struct Layout {
     pub(super) chunk: TokenSections,
     /// First query row of each sequence, and the end.
     pub(super) cu_seqlens: Section,
-    /// Pairs (sequence, first row of the tile).
+    /// Where each sequence's context begins among those of its group.
+    pub(super) context_starts: Section,
+    /// Pairs (sequence, first row of the tile), by group.
     pub(super) tiles: Section,
     /// Numbers in the block.
     n_words: usize,
@@ -94,6 +96,7 @@ impl Layout {
         let n_decode_words = decode.slot_mapping.start + max_seqs.next_multiple_of(4);
         let chunk = tokens(max_tokens, &mut section);
         let cu_seqlens = section(max_seqs + 1);
+        let context_starts = section(max_seqs);
         let tiles = section(2 * max_tiles(max_seqs, max_tokens, group));
         let n_words = end;
         Self {
@@ -107,6 +110,7 @@ impl Layout {
             decode,
             chunk,
             cu_seqlens,
+            context_starts,
             tiles,
             n_words,
             n_decode_words,
@@ -125,7 +129,7 @@ fn max_tiles(max_seqs: usize, max_tokens: usize, group: usize) -> usize {
 }
 
 /// A step as the executor runs it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StepShape {
     /// Query rows.
     pub(super) n_tokens: usize,
@@ -133,8 +137,8 @@ pub(super) struct StepShape {
     pub(super) n_seqs: usize,
     /// Leading sequences of one row.
     pub(super) n_decode: usize,
-    /// Tiles of prompt chunks.
-    pub(super) n_tiles: usize,
+    /// The sequences with prompt chunks.
+    pub(super) groups: Vec<PromptGroup>,
     /// Rows to sample.
     pub(super) n_samples: usize,
     /// Longest block table.
@@ -150,14 +154,14 @@ pub(super) struct StepShape {
 }
 
 impl StepShape {
-    /// Of `step`; `group` query heads share a kv head.
-    pub(super) fn of(step: &StepInput, group: usize) -> Self {
+    /// Of `step`; `group` query heads share a kv head, and prompts of up to `max_pages` pages are attended together.
+    pub(super) fn of(step: &StepInput, group: usize, max_pages: usize) -> Self {
         let n_decode = step.seqs.iter().take_while(|seq| seq.query_len == 1).count();
         Self {
             n_tokens: step.n_tokens(),
             n_seqs: step.seqs.len(),
             n_decode,
-            n_tiles: step.seqs[n_decode..].iter().map(|seq| n_tiles(seq.query_len, group)).sum(),
+            groups: PromptGroup::all(step, n_decode, group, max_pages),
             n_samples: step.samples.len(),
             n_blocks: step.seqs.iter().map(|seq| seq.block_table.len()).max().unwrap_or(0),
             group,
@@ -180,7 +184,7 @@ fn n_pairs(seq: &StepSeq) -> usize {
 }
 
 /// Tiles of a prompt chunk of `query_len` rows.
-fn n_tiles(query_len: u32, group: usize) -> usize {
+pub(super) fn n_tiles(query_len: u32, group: usize) -> usize {
     (query_len as usize * group).div_ceil(TILE_ROWS)
 }
 
@@ -201,13 +205,23 @@ impl StepInputs {
 
     /// Packs `step`. `bucket`: sequences that a graph runs, the last ones padding.
     /// Returns the bytes of the block that the step needs on the device.
-    pub(super) fn pack(&mut self, layout: &Layout, step: &StepInput, shape: StepShape, bucket: Option<usize>) -> usize {
+    pub(super) fn pack(
+        &mut self,
+        layout: &Layout,
+        step: &StepInput,
+        shape: &StepShape,
+        bucket: Option<usize>,
+    ) -> usize {
         pack_block(self.block.as_mut_slice(), layout, step, bucket);
         pack_work(self.block.as_mut_slice(), layout, bucket.unwrap_or(shape.n_decode), shape.decode_blocks);
         pack_block_tables(self.block_tables.as_mut_slice(), step, shape.n_blocks);
         match bucket {
             Some(_) => layout.n_decode_words * 4,
             None => {
+                let starts = layout.context_starts.of(self.block.as_mut_slice());
+                for (seq, start) in shape.groups.iter().flat_map(|group| group.context_starts(step)) {
+                    starts[seq] = start;
+                }
                 let tiles = layout.tiles.of(self.block.as_mut_slice());
                 (layout.tiles.start + pack_tiles(tiles, step, shape)) * 4
             }
@@ -284,24 +298,27 @@ fn pack_block_tables(tables: &mut [i32], step: &StepInput, n_blocks: usize) {
     }
 }
 
-/// Tiles of the prompt chunks, longest context first so that the last blocks to run are short ones. Returns the
-/// numbers written.
-fn pack_tiles(tiles: &mut [i32], step: &StepInput, shape: StepShape) -> usize {
-    let mut order = Vec::with_capacity(shape.n_tiles);
-    for (i, seq) in step.seqs.iter().enumerate().skip(shape.n_decode) {
-        let n_tiles = n_tiles(seq.query_len, shape.group);
-        let before = seq.context_len - seq.query_len;
-        order.extend((0..n_tiles).map(|tile| {
-            let row = tile * TILE_ROWS;
-            let last_query = ((row + TILE_ROWS) / shape.group).min(seq.query_len as usize);
-            (before as usize + last_query, i, row)
-        }));
+/// Tiles of the prompt chunks, of each group those of the longest context first so that the last blocks to run are short
+/// ones. Returns the numbers written.
+fn pack_tiles(tiles: &mut [i32], step: &StepInput, shape: &StepShape) -> usize {
+    let mut pairs = tiles.chunks_exact_mut(2);
+    for group in &shape.groups {
+        let mut order = Vec::with_capacity(group.n_tiles);
+        for i in group.seqs.clone() {
+            let seq = &step.seqs[i];
+            let before = seq.context_len - seq.query_len;
+            order.extend((0..n_tiles(seq.query_len, shape.group)).map(|tile| {
+                let row = tile * TILE_ROWS;
+                let last_query = ((row + TILE_ROWS) / shape.group).min(seq.query_len as usize);
+                (before as usize + last_query, i, row)
+            }));
+        }
+        order.sort_by_key(|&(context, ..)| std::cmp::Reverse(context));
+        for (pair, (_, seq, row)) in pairs.by_ref().zip(&order) {
+            pair.copy_from_slice(&[*seq as i32, *row as i32]);
+        }
     }
-    order.sort_by_key(|&(context, ..)| std::cmp::Reverse(context));
-    for (pair, (_, seq, row)) in tiles.chunks_exact_mut(2).zip(&order) {
-        pair.copy_from_slice(&[*seq as i32, *row as i32]);
-    }
-    order.len() * 2
+    2 * shape.groups.iter().map(|group| group.n_tiles).sum::<usize>()
 }
 
 #[cfg(test)]
@@ -368,6 +385,7 @@ mod tests {
             l.chunk.positions,
             l.chunk.slot_mapping,
             l.cu_seqlens,
+            l.context_starts,
             l.tiles,
         ];
         for pair in sections.windows(2) {
@@ -382,8 +400,8 @@ mod tests {
     fn decode_steps_are_padded_to_the_bucket() {
         let layout = layout(16, 64);
         let step = step(&[(1, 5), (1, 17), (1, 1)]);
-        let shape = StepShape::of(&step, GROUP);
-        assert!(shape.is_decode());
+        let shape = StepShape::of(&step, GROUP, 64);
+        assert!(shape.is_decode() && shape.groups.is_empty());
         let mut block = vec![7; layout.n_words];
         pack_block(&mut block, &layout, &step, Some(4));
         assert_eq!(layout.context_lens.of(&mut block)[..5], [5, 17, 1, 0, 7]);
@@ -402,12 +420,12 @@ mod tests {
     #[test]
     fn tiles_cover_every_chunk_row_once() {
         let step = step(&[(1, 50), (1, 3), (40, 40), (100, 500), (2, 2)]);
-        let shape = StepShape::of(&step, GROUP);
+        let shape = StepShape::of(&step, GROUP, 64);
         assert_eq!((shape.n_decode, shape.n_tokens, shape.n_blocks), (2, 144, 32));
         assert!(!shape.is_decode());
         let mut tiles = vec![0; 2 * max_tiles(5, 144, GROUP)];
-        let n = pack_tiles(&mut tiles, &step, shape);
-        assert_eq!(n, 2 * shape.n_tiles);
+        assert_eq!(shape.groups, [PromptGroup { seqs: 2..5, n_pages: 3 + 32 + 1, n_tiles: 7 }]);
+        let n = pack_tiles(&mut tiles, &step, &shape);
         let mut pairs: Vec<_> = tiles[..n].chunks(2).map(|p| (p[0], p[1])).collect();
         assert_eq!(pairs[0].0, 3, "the longest context comes first");
         pairs.sort();
@@ -418,5 +436,21 @@ mod tests {
         pack_block(&mut block, &layout, &step, None);
         assert_eq!(layout.cu_seqlens.of(&mut block), [0, 1, 2, 42, 142, 144]);
         assert_eq!(layout.sample_rows.of(&mut block), [0, 1, 41, 141, 143]);
+    }
+
+    #[test]
+    fn contexts_that_do_not_fit_together_are_attended_in_turn() {
+        let step = step(&[(1, 50), (40, 40), (100, 500), (2, 2), (3, 33)]);
+        let shape = StepShape::of(&step, GROUP, 33);
+        let group = |seqs, n_pages, n_tiles| PromptGroup { seqs, n_pages, n_tiles };
+        assert_eq!(shape.groups, [group(1..2, 3, 2), group(2..4, 33, 5), group(4..5, 3, 1)]);
+        let starts: Vec<_> = shape.groups.iter().flat_map(|group| group.context_starts(&step)).collect();
+        assert_eq!(starts, [(1, 0), (2, 0), (3, 512), (4, 0)]);
+        let mut tiles = vec![0; 2 * max_tiles(5, 146, GROUP)];
+        assert_eq!(pack_tiles(&mut tiles, &step, &shape), 16);
+        let seqs: Vec<_> = tiles[..16].chunks(2).map(|pair| pair[0]).collect();
+        assert_eq!(seqs, [1, 1, 2, 2, 2, 2, 3, 4], "no tile of a group among those of another");
+        let alone = StepShape::of(&step, GROUP, 8);
+        assert_eq!(alone.groups[1], group(2..3, 32, 4), "one that is larger than all is a group");
     }
 }

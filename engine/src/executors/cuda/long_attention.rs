@@ -1,7 +1,7 @@
 //! [`LongAttention`]: decode attention of long contexts on Hopper (`kernels/decode_attention_sm90.cu`).
 
 use super::{
-    buffers::HEADS_PER_TILE,
+    buffers::{HEADS_PER_TILE, block_bytes, kv_dim},
     compile::{self, Variant},
     device::Gpu,
     kernel::{Kernel, Launch},
@@ -79,14 +79,15 @@ fn heads(spec: &DecoderSpec) -> usize {
     (spec.n_heads / spec.n_kv_heads).min(HEADS_PER_TILE)
 }
 
-/// The kernel's ring and `State`, aligned.
+/// The kernel's ring and `State`.
 fn shared_bytes(spec: &DecoderSpec, stages: usize) -> usize {
     let (heads, head_dim) = (heads(spec), spec.head_dim);
-    let ring = WARPS * stages * 2 * head_dim.div_ceil(64) * 16 * 128;
+    let ring = WARPS * stages * block_bytes(spec);
     let barriers = WARPS * stages * 8;
-    let rotated = ROWS * (heads * (head_dim + 8) + 2 * head_dim) * 2;
+    let packed_row = (kv_dim(spec) * 12 / 8 + 4).next_multiple_of(16);
+    let rotated = ROWS * (heads * (head_dim + 8) * 2 + 2 * packed_row);
     let results = 2 * WARPS * (heads * (head_dim + 4) * 4 + 8 * 8);
-    1024 + ring + barriers + rotated + results + 16
+    ring + barriers + rotated + results + 16
 }
 
 /// The lists of units, blocks and contexts that the kernel copies.

@@ -4,6 +4,7 @@
 //! - `setup` prepares it: `load` (weights), `ops` (kernels by model dimensions), `gemm` (cuBLASLt, timed once),
 //!   `packed_weights` and `stream_gemm` (12-bit weights on Hopper and their products), `plan` (memory), `graph` (one per
 //!   batch bucket).
+//! - `prompt_contexts`: the KV cache has 12 bits a number; prompts read it unpacked, decoding sequences as it is.
 //! - `experts` are mixtures of experts, routed on the device.
 //! - `forward` is the model: which kernel reads and writes which of `buffers`.
 //! - `inputs` packs a step; `sampling` turns logits into tokens.
@@ -34,6 +35,7 @@ mod packed_weights;
 mod packed_weights_selftest;
 mod plan;
 mod product;
+mod prompt_contexts;
 mod sampling;
 mod selftest;
 mod setup;

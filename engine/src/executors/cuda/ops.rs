@@ -111,7 +111,7 @@ const GEMV_KINDS: [(&str, &str); 5] = [
 ];
 
 /// Variants before the GEMVs.
-const N_OTHERS: usize = 7;
+const N_OTHERS: usize = 8;
 
 /// All kernels of a model.
 pub(super) struct Ops {
@@ -125,6 +125,7 @@ pub(super) struct Ops {
     decode_attention_rope: Kernel,
     /// For each of [`DECODE_CLUSTERS`], on Hopper.
     decode_attention_clusters: Vec<Kernel>,
+    pub(super) unpack_kv: Kernel,
     pub(super) prefill_attention: Kernel,
     /// For each of [`batch_tiles`].
     gemvs: Vec<Gemvs>,
@@ -166,6 +167,7 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
             false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
         },
         Variant::new(&compile::RMSNORM, &norm),
+        Variant::new(&compile::UNPACK_KV, &[("HEAD_DIM", head_dim)]),
     ];
     let clusters = DECODE_CLUSTERS.iter().filter(|_| hopper).map(|&(cluster, _)| {
         let macros = [("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS), ("CLUSTER", cluster)];
@@ -229,6 +231,7 @@ impl Ops {
             decode_attention,
             decode_attention_rope,
             decode_attention_clusters,
+            unpack_kv: one(7, "unpack_kv")?,
             prefill_attention,
             gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
@@ -329,6 +332,11 @@ impl Ops {
 
     fn splits(&self, n_seqs: usize, contexts: Contexts) -> Splits {
         splits((n_seqs, contexts), kv_tiles(self.n_heads, self.n_kv), self.n_sms)
+    }
+
+    /// For `unpack_kv` of `n_pages` pages.
+    pub(super) fn unpack_kv_launch(&self, n_pages: usize) -> Launch {
+        self.launch([n_pages as u32, self.n_kv as u32, 1], ELEMENTWISE)
     }
 
     /// For `prefill_attention`, on Hopper on `n_sms` multiprocessors.

@@ -18,6 +18,7 @@ use super::{
     ops::{self, Contexts, Ops},
     plan::{self, MemoryInputs},
     product::Product,
+    prompt_contexts::PromptContexts,
     side_stream::SideStream,
     stream_gemm::{StreamGemm, StreamKernels},
 };
@@ -184,7 +185,8 @@ pub(super) fn run(
         buffers,
         layout,
         cos_sin,
-        kv: KvCache { layers: Vec::new(), maps: Vec::new() },
+        contexts: PromptContexts::new(gpu, spec, limits)?,
+        kv: KvCache { layers: Vec::new() },
         max_blocks: limits.max_blocks,
         pending: Pending::default(),
     };
@@ -197,7 +199,7 @@ pub(super) fn run(
         total,
         used: total - free,
         reserved: sizes.len() * Contexts::ALL.len() * GRAPH_BYTES,
-        page: 2 * spec.n_layers * page_bytes(spec),
+        page: spec.n_layers * page_bytes(spec),
         utilization: config.gpu_memory_utilization,
         kv_bytes: config.kv_cache_memory_bytes,
     };
@@ -286,7 +288,7 @@ fn run_largest_step(gpu: &Gpu, forward: &mut Forward, limits: StepLimits) -> Res
     let nowhere = vec![-1i32; limits.max_tokens];
     forward.buffers.inputs.write(gpu, slots.offset() as usize, &nowhere)?;
     let shape = StepShape { n_tokens: limits.max_tokens, group: 1, ..StepShape::default() };
-    forward.chunks(gpu, shape)?;
+    forward.chunks(gpu, &shape)?;
     forward.logits(gpu, 0, limits.max_seqs)?;
     gpu.synchronize()
 }

@@ -22,26 +22,20 @@ pub(super) struct TensorMap(sys::CUtensorMap);
 unsafe impl Send for TensorMap {}
 
 impl TensorMap {
-    /// A layer's KV cache at address `cache`, bf16 `[n_rows, head_dim]`, in boxes of one page's 16 rows.
-    pub(super) fn of_cache(cache: u64, n_rows: usize, head_dim: usize) -> Result<Self, Error> {
-        let promotion = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-        Self::encode(cache, &[head_dim, n_rows], &[head_dim], &[crate::step::PAGE_SIZE as u32], promotion)
-    }
-
-    /// Activations at address `x`, bf16 `[n_rows, k]`, in boxes of `box_rows` rows.
+    /// Activations (or keys, or values) at address `x`, bf16 `[n_rows, k]`, in boxes of `box_rows` rows.
     pub(super) fn of_activations(x: u64, n_rows: usize, k: usize, box_rows: usize) -> Result<Self, Error> {
-        Self::encode(x, &[k, n_rows], &[k], &[box_rows as u32], WHOLE_LINES)
+        Self::encode(x, &[k, n_rows], &[k], &[box_rows as u32])
     }
 
     /// Weights at address `w`, bf16 `[n, k]`, in boxes of `box_rows` rows.
     pub(super) fn of_weights(w: u64, (n, k): (usize, usize), box_rows: usize) -> Result<Self, Error> {
-        Self::encode(w, &[k, n], &[k], &[box_rows as u32], WHOLE_LINES)
+        Self::encode(w, &[k, n], &[k], &[box_rows as u32])
     }
 
     /// Gate and up weights at address `w`, bf16 `[n, k]`, in boxes of `box_rows` rows: eight of gate, their eight of up,
     /// the next eight of gate, ...; `n` and `box_rows` are multiples of 16.
     pub(super) fn of_gated_weights(w: u64, (n, k): (usize, usize), box_rows: usize) -> Result<Self, Error> {
-        Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, box_rows as u32 / 16], WHOLE_LINES)
+        Self::encode(w, &[k, 8, 2, n / 16], &[k, n / 2 * k, 8 * k], &[8, 2, box_rows as u32 / 16])
     }
 
     /// Blocks of packed weights `[n, k]` at address `planes`, in boxes of the blocks of `box_rows` rows and one column.
@@ -55,17 +49,11 @@ impl TensorMap {
             box_dims: &[BLOCK_BYTES as u32 / 8, 1, (box_rows / BLOCK_ROWS) as u32],
             swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
         };
-        layout.encode(planes, WHOLE_LINES)
+        layout.encode(planes)
     }
 
     /// `dims` and `box_rows` from the innermost out, the box's columns left out; `strides` in elements.
-    fn encode(
-        address: u64,
-        dims: &[usize],
-        strides: &[usize],
-        box_rows: &[u32],
-        promotion: sys::CUtensorMapL2promotion,
-    ) -> Result<Self, Error> {
+    fn encode(address: u64, dims: &[usize], strides: &[usize], box_rows: &[u32]) -> Result<Self, Error> {
         let dims: Vec<u64> = dims.iter().map(|&n| n as u64).collect();
         let strides: Vec<u64> = strides.iter().map(|&n| n as u64 * 2).collect();
         let box_dims: Vec<u32> = [BOX_COLUMNS].iter().chain(box_rows).copied().collect();
@@ -76,7 +64,7 @@ impl TensorMap {
             box_dims: &box_dims,
             swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
-        layout.encode(address, promotion)
+        layout.encode(address)
     }
 
     /// Where the map lies, for a launch's list of parameters.
@@ -98,7 +86,7 @@ struct Layout<'a> {
 }
 
 impl Layout<'_> {
-    fn encode(&self, address: u64, promotion: sys::CUtensorMapL2promotion) -> Result<TensorMap, Error> {
+    fn encode(&self, address: u64) -> Result<TensorMap, Error> {
         // SAFETY: all zeros is a valid value of this plain struct.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
         let element_strides = vec![1; self.dims.len()];
@@ -115,7 +103,7 @@ impl Layout<'_> {
                 element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 self.swizzle,
-                promotion,
+                WHOLE_LINES,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }

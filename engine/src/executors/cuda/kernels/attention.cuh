@@ -36,6 +36,12 @@ DEVICE uint2 load_stream_8(const void* p) {
     return v;
 }
 
+DEVICE u32 load_stream_4(const void* p) {
+    u32 v;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
 // D (16x8, float32) += A (16x16, bf16) * B (16x8, bf16). With g = lane / 4 and t = lane % 4 a lane holds
 // A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]; B[2t..][g], B[2t+8..][g];
 // D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1].
@@ -51,6 +57,13 @@ DEVICE u32 transpose_8x8(u32 x) {
     u32 y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
+}
+
+// Bytes a and b by the nibbles of a selector, whose fourth bits are zero.
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
 }
 
 DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }

@@ -11,7 +11,7 @@
 //   qkv          bf16  [n_seqs, (n_q + 2 n_kv) * HEAD_DIM]   q heads, then k heads, then v heads
 //   block_tables int32 [n_seqs, block_table_stride]           page numbers
 //   context_lens int32 [n_seqs]    tokens in the context, the new one included; 0: padded row, nothing is written
-//   k_cache, v_cache bf16 [n_pages, n_kv, 16, HEAD_DIM]
+//   cache        bytes [n_pages, n_kv, KV_BLOCK] (packed_kv.cuh)
 //   out          bf16  [n_seqs, n_q * HEAD_DIM]
 //   scale        softmax scale; window: the new token sees the last `window` tokens, itself included (0: all)
 //
@@ -59,7 +59,7 @@ struct Share {
 
 struct SharedState {
     bf16 q[8][HEAD_DIM + 8];
-    bf16 k[HEAD_DIM], v[HEAD_DIM];
+    NewToken token;
     float out[WARPS][HEADS][HEAD_DIM + 4];
     float2 max_sum[WARPS][8];
     float4 block_out[CLUSTER ? HEADS * HEAD_DIM / 4 : 1];
@@ -83,7 +83,8 @@ struct Inputs {
     const bf16 *qkv, *qkv_bias;
     const float* cos_sin;
     const int *block_tables, *context_lens;
-    bf16 *k_cache, *v_cache, *out;
+    unsigned char* cache;
+    bf16* out;
     float* partial_out;
     float2* partial_max_sum;
     u32* counters;
@@ -97,33 +98,30 @@ DEVICE int first_head() { return kv_head() * GROUP + blockIdx.y % HEAD_TILES * 8
 // Query heads of this block; fewer than HEADS in the last tile of a group that 8 does not divide.
 DEVICE int n_heads() { return min(HEADS, GROUP - (int)(blockIdx.y % HEAD_TILES) * 8); }
 
-// Rotates this block's q heads and its k head into shared memory and puts v beside them (whole block).
+// Rotates this block's q heads into shared memory and puts the new token beside them (whole block).
 DEVICE void rotate_new_token(SharedState& shared, const Inputs& in, int context_len) {
-    const int row_len = (n_kv_heads() * (GROUP + 2)) * HEAD_DIM;
-    const bf16* row = in.qkv + (size_t)blockIdx.z * row_len;
-    const float* cos_sin = in.cos_sin + (size_t)(context_len - 1) * HEAD_DIM;
-    const int k_column = (n_kv_heads() * GROUP + kv_head()) * HEAD_DIM;
-    const int v_column = k_column + n_kv_heads() * HEAD_DIM;
-    constexpr int PAIRS = HEAD_DIM / 4;  // a thread rotates two adjacent pairs (d, d + HEAD_DIM / 2)
-    for (int i = threadIdx.x; i < (n_heads() + 1) * PAIRS; i += THREADS) {
-        int head = i / PAIRS, d = i % PAIRS * 2;
-        bool is_k = head == n_heads();
-        int column = is_k ? k_column : (first_head() + head) * HEAD_DIM;
-        rotate_pairs(is_k ? shared.k : shared.q[head], row, in.qkv_bias, cos_sin, column, d);
+    const bf16* row = in.qkv + (size_t)blockIdx.z * n_kv_heads() * (GROUP + 2) * HEAD_DIM;
+    for (int i = threadIdx.x; i < (n_heads() + 2) * PAIRS; i += THREADS) {
+        const int head = i / PAIRS, d = i % PAIRS * 2;
+        const bool is_q = head < n_heads(), is_v = head > n_heads(), exists = d < HEAD_DIM / 2;
+        const int column = (is_q ? first_head() + head : n_kv_heads() * (GROUP + is_v) + kv_head()) * HEAD_DIM;
+        const float* cos_sin = is_v ? nullptr : in.cos_sin + (size_t)(context_len - 1) * HEAD_DIM;
+        uint2 pairs = {0, 0};
+        if (exists) pairs = rotated_pairs(row, in.qkv_bias, cos_sin, column, d);
+        if (!is_q) pack_row(is_v ? shared.token.v : shared.token.k, pairs, d);
+        else if (exists) store_pairs(shared.q[head], pairs, d);
     }
-    for (int i = threadIdx.x; i < HEAD_DIM / 2; i += THREADS)
-        *(u32*)(shared.v + 2 * i) = add_bias(*(const u32*)(row + v_column + 2 * i), in.qkv_bias, v_column + 2 * i);
 }
 
-// Writes the new token's k and v to its page (whole block).
+// The block of this kv head in page `page`.
+DEVICE unsigned char* block_of(const Inputs& in, int page) {
+    return in.cache + ((size_t)page * n_kv_heads() + kv_head()) * KV_BLOCK;
+}
+
+// Writes the new token to its page (whole block).
 DEVICE void store_new_token(const SharedState& shared, const Inputs& in, int context_len) {
-    int page = in.block_tables[(size_t)blockIdx.z * in.block_table_stride + (context_len - 1) / PAGE];
-    size_t to = (((size_t)page * n_kv_heads() + kv_head()) * PAGE + (context_len - 1) % PAGE) * HEAD_DIM;
-    for (int i = threadIdx.x; i < HEAD_DIM / 4; i += THREADS) {
-        bool is_v = i >= HEAD_DIM / 8;
-        int d = i % (HEAD_DIM / 8) * 8;
-        *(uint4*)((is_v ? in.v_cache : in.k_cache) + to + d) = *(const uint4*)((is_v ? shared.v : shared.k) + d);
-    }
+    const int page = in.block_tables[(size_t)blockIdx.z * in.block_table_stride + (context_len - 1) / PAGE];
+    store_token(block_of(in, page), shared.token, (context_len - 1) % PAGE, threadIdx.x, THREADS);
 }
 
 // Merges the warps' states; returns element `i` (4 head dimensions of one head) relative to max_sum.x.
@@ -141,7 +139,7 @@ DEVICE float4 merge_warps(const SharedState& shared, int n_warps, int i, float2&
 
 DEVICE void store_out(const Inputs& in, int i, float4 acc, float sum) {
     int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
-    float inv = 1.f / sum;
+    float inv = UNBIAS / sum;
     uint2 packed = make_uint2(pack_bf16(acc.x * inv, acc.y * inv), pack_bf16(acc.z * inv, acc.w * inv));
     *(uint2*)(in.out + ((size_t)blockIdx.z * n_kv_heads() * GROUP + first_head() + head) * HEAD_DIM + d) = packed;
 }
@@ -219,17 +217,13 @@ DEVICE void combine_splits(SharedState& shared, const Inputs& in, const Share& s
 }
 #endif
 
-// A warp's Q fragments, in the order of its K loads; columns past the block's heads are zero.
+// This lane's query head: rotated in shared memory or as it is in `qkv`; null past the block's heads.
 template <bool FUSED>
-DEVICE void load_q(uint4 (&q)[K_VECS], const SharedState& shared, const Inputs& in) {
-    int head = lane_group();
-    const bf16* row = in.qkv + ((size_t)blockIdx.z * n_kv_heads() * (GROUP + 2) + first_head() + head) * HEAD_DIM;
-#pragma unroll
-    for (int i = 0; i < K_VECS; i++) {
-        int d = lane_member() * 8 + i * 32;
-        q[i] = make_uint4(0, 0, 0, 0);
-        if (head < n_heads()) q[i] = *(const uint4*)(FUSED ? &shared.q[head][d] : row + d);
-    }
+DEVICE const bf16* query_head(const SharedState& shared, const Inputs& in) {
+    const int head = lane_group();
+    if (head >= n_heads()) return nullptr;
+    if (FUSED) return shared.q[head];
+    return in.qkv + ((size_t)blockIdx.z * n_kv_heads() * (GROUP + 2) + first_head() + head) * HEAD_DIM;
 }
 
 // Page numbers of the pages that a warp will work on, 32 ahead, one a lane.
@@ -242,11 +236,10 @@ struct PageQueue {
         int mine = index(i + threadIdx.x % 32);
         queued = mine < end ? table[mine] : 0;
     }
-    // Element offset of the i-th page's part of this kv head. Called for i = 0, 1, 2, ... by the whole warp.
-    __device__ __forceinline__ size_t offset(int i) {
+    // The i-th page. Called for i = 0, 1, 2, ... by the whole warp.
+    __device__ __forceinline__ int page(int i) {
         if (i % 32 == 0) refill(i);
-        size_t page = __shfl_sync(FULL_WARP, queued, i % 32);
-        return (page * n_kv_heads() + kv_head()) * (PAGE * HEAD_DIM);
+        return __shfl_sync(FULL_WARP, queued, i % 32);
     }
 };
 
@@ -275,9 +268,9 @@ DEVICE void attend(const Inputs& in) {
     queue.end = share.first_page + share.n_pages;
     Page page;
     if (n_warp_pages > 0) {
-        size_t offset = queue.offset(0);
-        load_k(page, GlobalRows{in.k_cache + offset});
-        load_v(page, GlobalRows{in.v_cache + offset});
+        const GlobalBlock block = {block_of(in, queue.page(0))};
+        load_k(page, block);
+        load_v(page, block);
     }
     const bool owns_new_token = (share.n_pages - 1) % share.active == share.split;
     if (FUSED) {
@@ -287,8 +280,8 @@ DEVICE void attend(const Inputs& in) {
         if (owns_new_token && blockIdx.y % HEAD_TILES == 0) store_new_token(shared, in, context_len);
     }
 
-    uint4 q[K_VECS];
-    load_q<FUSED>(q, shared, in);
+    uint4 q[Q_VECS];
+    load_query(q, query_head<FUSED>(shared, in));
     Softmax state;
     state.reset();
     const int2 seen = make_int2(share.first_token, context_len);
@@ -297,16 +290,14 @@ DEVICE void attend(const Inputs& in) {
         const int page_index = queue.index(i);
         const bool newest = page_index == queue.end - 1;
         u32 p[2];
-        if (FUSED && newest) insert_new_k(page, shared.k, (context_len - 1) % PAGE);
+        if (FUSED && newest) insert_new_k(page, shared.token, (context_len - 1) % PAGE);
         softmax_page(state, page, q, seen, page_index, scale_log2, p);
-        size_t offset = 0;
-        if (i + 1 < n_warp_pages) {
-            offset = queue.offset(i + 1);
-            load_k(page, GlobalRows{in.k_cache + offset});
-        }
-        if (newest) insert_new_v(page, FUSED ? shared.v : nullptr, (context_len - 1) % PAGE);
+        const bool has_next = i + 1 < n_warp_pages;
+        const GlobalBlock next = {has_next ? block_of(in, queue.page(i + 1)) : nullptr};
+        if (has_next) load_k(page, next);
+        if (FUSED && newest) insert_new_v(page, shared.token, (context_len - 1) % PAGE);
         accumulate_page(state, page, p);
-        if (i + 1 < n_warp_pages) load_v(page, GlobalRows{in.v_cache + offset});
+        if (has_next) load_v(page, next);
     }
 
     if (n_warp_pages > 0) store_state(state, n_heads(), shared.out[warp], shared.max_sum[warp]);
@@ -320,17 +311,17 @@ DEVICE void attend(const Inputs& in) {
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS)
         decode_attention_rope(const bf16* qkv, const bf16* qkv_bias, const float* cos_sin, const int* block_tables,
-                          const int* context_lens, bf16* k_cache, bf16* v_cache, bf16* out, float* partial_out,
+                          const int* context_lens, unsigned char* cache, bf16* out, float* partial_out,
                           float2* partial_max_sum, u32* counters, int block_table_stride, int window, int min_pages,
                           float scale) {
-    attend<true>({qkv, qkv_bias, cos_sin, block_tables, context_lens, k_cache, v_cache, out, partial_out, partial_max_sum,
+    attend<true>({qkv, qkv_bias, cos_sin, block_tables, context_lens, cache, out, partial_out, partial_max_sum,
                 counters, block_table_stride, window, min_pages, scale});
 }
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS)
-        decode_attention(const bf16* qkv, const int* block_tables, const int* context_lens, const bf16* k_cache,
-                     const bf16* v_cache, bf16* out, float* partial_out, float2* partial_max_sum, u32* counters,
+        decode_attention(const bf16* qkv, const int* block_tables, const int* context_lens, unsigned char* cache,
+                     bf16* out, float* partial_out, float2* partial_max_sum, u32* counters,
                      int block_table_stride, int window, int min_pages, float scale) {
-    attend<false>({qkv, nullptr, nullptr, block_tables, context_lens, (bf16*)k_cache, (bf16*)v_cache, out, partial_out,
+    attend<false>({qkv, nullptr, nullptr, block_tables, context_lens, cache, out, partial_out,
                  partial_max_sum, counters, block_table_stride, window, min_pages, scale});
 }

@@ -7,9 +7,7 @@
 // decode_attention_rope of decode_attention.cu, with one block a multiprocessor, whose warps take their pages through
 // rings of shared memory that the copy engine fills, the first of them before the kernel ahead has ended.
 //
-//   k_map, v_map  the cache, bf16 [n_pages * n_kv * 16, HEAD_DIM], in boxes of 64 columns x 16 rows, swizzled by 128
-//                 bytes, zero fill out of bounds
-//   qkv, qkv_bias, cos_sin, block_tables, context_lens, k_cache, v_cache, out, scale, window: see decode_attention.cu
+//   qkv, qkv_bias, cos_sin, block_tables, context_lens, cache, out, scale, window: see decode_attention.cu
 //
 // A unit of work is one page of one tile of query heads (up to 8 that share a kv head; n_tiles = n_kv * HEAD_TILES) of
 // one sequence. Units are numbered by (sequence, tile, page), so those of a row (sequence, tile) follow each other:
@@ -21,7 +19,7 @@
 //   counters         uint32 [gridDim.x]  by the first block of a row; zero before the first launch; left zero
 // Parts are added in the blocks' order, so results do not depend on timing.
 //
-// Grid: at most one block a multiprocessor. Block: THREADS. Dynamic shared memory: 1024 (the swizzle's alignment) +
+// Grid: at most one block a multiprocessor. Block: THREADS. Dynamic shared memory:
 // RING_BYTES + sizeof(State) + 4 * (2 * n_seqs + gridDim.x + 2).
 //
 // Dependent launch: as in decode_attention.cu, pages, tables and lengths are read before PDL_WAIT.
@@ -41,17 +39,14 @@ constexpr int THREADS = 32 * WARPS;
 #ifndef ROWS
 #define ROWS 8  // rows whose queries are rotated at a time
 #endif
-constexpr int SLABS = HEAD_DIM <= 64 ? 1 : 2;  // 64 columns each: the width of the 128-byte swizzle
-constexpr int SLAB_BYTES = PAGE * 128;
-constexpr int STAGE_BYTES = 2 * SLABS * SLAB_BYTES;
-constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+constexpr int RING_BYTES = WARPS * STAGES * KV_BLOCK;
 constexpr int PARTIAL_VECS = HEADS * HEAD_DIM / 4;
 static_assert(ROWS <= WARPS, "each warp stores the new token of one row");
 
 struct State {
     u64 full[WARPS * STAGES];
     bf16 q[ROWS][HEADS][HEAD_DIM + 8];
-    bf16 k[ROWS][HEAD_DIM], v[ROWS][HEAD_DIM];
+    NewToken tokens[ROWS];
     // Twice: a row's results are merged while warps write the next one's.
     float out[2][WARPS][HEADS][HEAD_DIM + 4];
     float2 max_sum[2][WARPS][8];
@@ -62,22 +57,21 @@ struct Inputs {
     const bf16 *qkv, *qkv_bias;
     const float* cos_sin;
     const int* block_tables;
-    bf16 *k_cache, *v_cache, *out;
+    unsigned char* cache;
+    bf16* out;
     float4* partial_out;
     float2* partial_max_sum;
     u32* counters;
     int n_kv, block_table_stride, window;
 };
 
-// A page's K or V in shared memory, as the copy engine puts it there.
-struct SwizzledRows {
-    const unsigned char* slabs;
+// A page of a kv head in shared memory.
+struct SharedBlock {
+    const unsigned char* block;
 
-    __device__ __forceinline__ const void* at(int row, int d) const {
-        return slabs + d / 64 * SLAB_BYTES + row * 128 + ((d % 64 / 8 ^ row % 8) << 4) + d % 8 * 2;
-    }
-    __device__ __forceinline__ uint4 load_16(int row, int d) const { return *(const uint4*)at(row, d); }
-    __device__ __forceinline__ uint2 load_8(int row, int d) const { return *(const uint2*)at(row, d); }
+    __device__ __forceinline__ uint4 load_16(int at) const { return *(const uint4*)(block + at); }
+    __device__ __forceinline__ uint2 load_8(int at) const { return *(const uint2*)(block + at); }
+    __device__ __forceinline__ u32 load_4(int at) const { return *(const u32*)(block + at); }
 };
 
 // The work of all blocks, and this block's part of it: units from `first` to before `end`.
@@ -130,12 +124,11 @@ DEVICE int first_seen(int context_len, int window) {
 
 // A warp's way through its units, first + warp, first + warp + WARPS, ...: their pages are asked for STAGES ahead.
 struct Loader {
-    const TensorMap *k_map, *v_map;
     const Inputs& in;
     const Work& work;
     unsigned ring, full;  // of this warp
     int first_unit, n_units;
-    int queued;  // rows of the cache where the pages of 32 units begin, one a lane
+    int queued;  // numbers of the blocks of 32 units, one a lane
 
     __device__ __forceinline__ void refill(int i) {
         const int unit = first_unit + (i + threadIdx.x % 32) * WARPS;
@@ -143,65 +136,50 @@ struct Loader {
         const Row row(work, unit);
         const int page = first_seen(work.context_lens[row.seq], in.window) / PAGE + unit - row.first_unit;
         const int number = in.block_tables[(size_t)row.seq * in.block_table_stride + page];
-        queued = (number * in.n_kv + row.kv_head()) * PAGE;
+        queued = number * in.n_kv + row.kv_head();
     }
     // Asks for the page of the i-th unit; for i = 0, 1, 2, ... in turn, by the whole warp.
     __device__ __forceinline__ void load(int i) {
         if (i >= n_units) return;
         if (i % 32 == 0) refill(i);
-        const int row = __shfl_sync(FULL_WARP, queued, i % 32);
+        const int block = __shfl_sync(FULL_WARP, queued, i % 32);
         if (threadIdx.x % 32 == 0) {
-            const unsigned bar = full + 8 * (i % STAGES), to = ring + i % STAGES * STAGE_BYTES;
-            mbarrier_expect(bar, STAGE_BYTES);
-#pragma unroll
-            for (int slab = 0; slab < SLABS; ++slab) {
-                load_box(to + slab * SLAB_BYTES, k_map, slab * 64, row, bar);
-                load_box(to + (SLABS + slab) * SLAB_BYTES, v_map, slab * 64, row, bar);
-            }
+            const unsigned bar = full + 8 * (i % STAGES);
+            mbarrier_expect(bar, KV_BLOCK);
+            load_bytes(ring + i % STAGES * KV_BLOCK, in.cache + (size_t)block * KV_BLOCK, KV_BLOCK, bar);
         }
     }
 };
 
-// Rotates the queries and the new keys of up to ROWS rows into shared memory and puts the new values beside them (whole
-// block). Rows are numbered by (sequence, tile).
+// Rotates the queries of up to ROWS rows into shared memory and puts their new tokens beside them (whole block). Rows are
+// numbered by (sequence, tile).
 DEVICE void rotate_rows(State& state, const Inputs& in, const Work& work, int first_row, int n_rows) {
-    constexpr int PAIRS = HEAD_DIM / 4;  // a thread rotates two adjacent pairs (d, d + HEAD_DIM / 2)
     const int row_len = in.n_kv * (GROUP + 2) * HEAD_DIM;
     for (int i = threadIdx.x; i < n_rows * (HEADS + 2) * PAIRS; i += THREADS) {
         const int r = i / ((HEADS + 2) * PAIRS), head = i / PAIRS % (HEADS + 2), d = i % PAIRS * 2;
         const int seq = (first_row + r) / work.n_tiles, tile = (first_row + r) % work.n_tiles;
-        const int kv_head = tile / HEAD_TILES;
-        const bf16* row = in.qkv + (size_t)seq * row_len;
-        const int k_column = (in.n_kv * GROUP + kv_head) * HEAD_DIM;
-        if (head == HEADS + 1) {
-            const int column = k_column + in.n_kv * HEAD_DIM;
-            *(u32*)&state.v[r][d] = add_bias(*(const u32*)(row + column + d), in.qkv_bias, column + d);
-            const int other = d + HEAD_DIM / 2;
-            *(u32*)&state.v[r][other] = add_bias(*(const u32*)(row + column + other), in.qkv_bias, column + other);
-            continue;
-        }
-        const int tile_head = tile % HEAD_TILES * 8 + head;
-        if (head < HEADS && tile_head >= GROUP) continue;
-        const int column = head == HEADS ? k_column : (kv_head * GROUP + tile_head) * HEAD_DIM;
-        const float* cos_sin = in.cos_sin + (size_t)(work.context_lens[seq] - 1) * HEAD_DIM;
-        rotate_pairs(head == HEADS ? state.k[r] : state.q[r][head], row, in.qkv_bias, cos_sin, column, d);
+        const int kv_head = tile / HEAD_TILES, tile_head = tile % HEAD_TILES * 8 + head;
+        const bool is_q = head < HEADS, is_v = head > HEADS, exists = d < HEAD_DIM / 2;
+        if (is_q && (!exists || tile_head >= GROUP)) continue;
+        const int column = (is_q ? kv_head * GROUP + tile_head : in.n_kv * (GROUP + is_v) + kv_head) * HEAD_DIM;
+        const float* cos_sin = is_v ? nullptr : in.cos_sin + (size_t)(work.context_lens[seq] - 1) * HEAD_DIM;
+        uint2 pairs = {0, 0};
+        if (exists) pairs = rotated_pairs(in.qkv + (size_t)seq * row_len, in.qkv_bias, cos_sin, column, d);
+        if (is_q) store_pairs(state.q[r][head], pairs, d);
+        else pack_row(is_v ? state.tokens[r].v : state.tokens[r].k, pairs, d);
     }
 }
 
-// Writes the new token's k and v of row `r` of those rotated to its page (one warp).
+// Writes the new token of row `r` of those rotated to its page (one warp).
 DEVICE void store_new_token(const State& state, const Inputs& in, const Row& row, int r, int position) {
     const int page = in.block_tables[(size_t)row.seq * in.block_table_stride + position / PAGE];
-    const size_t to = (((size_t)page * in.n_kv + row.kv_head()) * PAGE + position % PAGE) * HEAD_DIM;
-    for (int i = threadIdx.x % 32; i < HEAD_DIM / 4; i += 32) {
-        const bool is_v = i >= HEAD_DIM / 8;
-        const int d = i % (HEAD_DIM / 8) * 8;
-        *(uint4*)((is_v ? in.v_cache : in.k_cache) + to + d) = *(const uint4*)((is_v ? state.v[r] : state.k[r]) + d);
-    }
+    unsigned char* block = in.cache + ((size_t)page * in.n_kv + row.kv_head()) * KV_BLOCK;
+    store_token(block, state.tokens[r], position % PAGE, threadIdx.x % 32, 32);
 }
 
 DEVICE void store_out(const Inputs& in, const Row& row, int i, float4 acc, float sum) {
     const int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
-    const float inv = 1.f / sum;
+    const float inv = UNBIAS / sum;
     const uint2 packed = make_uint2(pack_bf16(acc.x * inv, acc.y * inv), pack_bf16(acc.z * inv, acc.w * inv));
     *(uint2*)(in.out + ((size_t)row.seq * in.n_kv * GROUP + row.first_head() + head) * HEAD_DIM + d) = packed;
 }
@@ -260,16 +238,15 @@ DEVICE void finish_row(State& state, const Inputs& in, const Work& work, const R
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-decode_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const bf16* qkv,
-                      const bf16* qkv_bias, const float* cos_sin, const int* block_tables, const int* context_lens,
-                      bf16* k_cache, bf16* v_cache, bf16* out, float* partial_out, float2* partial_max_sum, u32* counters,
-                      const int* unit_starts, const int* block_starts, int n_seqs, int n_kv, int block_table_stride,
-                      int window, float scale) {
-    extern __shared__ unsigned char smem_raw[];
-    unsigned char* ring = smem_raw + (-(unsigned)__cvta_generic_to_shared(smem_raw) & 1023);
+decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_sin, const int* block_tables,
+                      const int* context_lens, unsigned char* cache, bf16* out, float* partial_out,
+                      float2* partial_max_sum, u32* counters, const int* unit_starts, const int* block_starts, int n_seqs,
+                      int n_kv, int block_table_stride, int window, float scale) {
+    extern __shared__ __align__(128) unsigned char smem_raw[];
+    unsigned char* const ring = smem_raw;
     State& state = *(State*)(ring + RING_BYTES);
     int* starts = (int*)(&state + 1);
-    const Inputs in = {qkv, qkv_bias, cos_sin, block_tables, k_cache, v_cache, out, (float4*)partial_out,
+    const Inputs in = {qkv, qkv_bias, cos_sin, block_tables, cache, out, (float4*)partial_out,
                        partial_max_sum, counters, n_kv, block_table_stride, window};
     const int warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0);
     PDL_TRIGGER();
@@ -287,7 +264,7 @@ decode_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_cons
 
     const int first_unit = work.first + warp;
     const int n_units = max(0, (work.end - first_unit + WARPS - 1) / WARPS);
-    Loader loader = {&k_map,     &v_map,  in, work, (unsigned)__cvta_generic_to_shared(ring + warp * STAGES * STAGE_BYTES),
+    Loader loader = {in, work, (unsigned)__cvta_generic_to_shared(ring + warp * STAGES * KV_BLOCK),
                      (unsigned)__cvta_generic_to_shared(&state.full[warp * STAGES]), first_unit, n_units, 0};
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) loader.load(i);
@@ -309,11 +286,8 @@ decode_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_cons
             const bool has_newest = row.end_unit() <= work.end;
             if (warp == r && has_newest && row.tile % HEAD_TILES == 0) store_new_token(state, in, row, r, context_len - 1);
 
-            uint4 q[K_VECS];
-#pragma unroll
-            for (int i = 0; i < K_VECS; i++)
-                q[i] = lane_group() < row.n_heads() ? *(const uint4*)&state.q[r][lane_group()][lane_member() * 8 + i * 32]
-                                                    : make_uint4(0, 0, 0, 0);
+            uint4 q[Q_VECS];
+            load_query(q, lane_group() < row.n_heads() ? state.q[r][lane_group()] : nullptr);
             Softmax softmax;
             softmax.reset();
             const int end = min(work.end, row.end_unit()), before = unit;
@@ -322,15 +296,15 @@ decode_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_cons
                 const bool newest = first_unit + unit * WARPS == row.end_unit() - 1;
                 const int stage = unit % STAGES;
                 mbarrier_wait(loader.full + 8 * stage, unit / STAGES % 2);
-                const unsigned char* slabs = ring + (warp * STAGES + stage) * STAGE_BYTES;
+                const SharedBlock block = {ring + (warp * STAGES + stage) * KV_BLOCK};
                 Page page;
-                load_k(page, SwizzledRows{slabs});
-                load_v(page, SwizzledRows{slabs + SLABS * SLAB_BYTES});
+                load_k(page, block);
+                load_v(page, block);
                 __syncwarp();
                 loader.load(unit + STAGES);
                 if (newest) {
-                    insert_new_k(page, state.k[r], (context_len - 1) % PAGE);
-                    insert_new_v(page, state.v[r], (context_len - 1) % PAGE);
+                    insert_new_k(page, state.tokens[r], (context_len - 1) % PAGE);
+                    insert_new_v(page, state.tokens[r], (context_len - 1) % PAGE);
                 }
                 u32 p[2];
                 softmax_page(softmax, page, q, seen, page_index, scale_log2, p);

@@ -1,26 +1,38 @@
 // One page of decode attention, by one warp, entirely in registers: S^T = K Q^T and O^T = V^T P^T by mma.m16n8k16 with
-// up to 8 query heads of a kv head as the columns. The order of head dimensions within a dot product is free, so a
-// lane's 16-byte loads of K are used as A fragments as they are, with Q loaded in the same order; V's fragments need
-// pairs of tokens, which one byte permutation a register makes.
+// up to 8 query heads of a kv head as the columns. Keys and values have 12 bits (packed_kv.cuh), of which a few
+// integer instructions make fragments. The order of head dimensions within a dot product is free, so a lane's 16-byte
+// loads of K are A fragments as they are, with Q loaded in the same order; V's fragments need pairs of tokens, which
+// one byte permutation a register makes.
 //
 // HEAD_DIM and GROUP (query heads of a kv head) are macros of the source that includes this.
 #pragma once
-#include "attention.cuh"
+#include "packed_kv.cuh"
 
 #define HEAD_TILES ((GROUP + 7) / 8)
 #define HEADS (GROUP < 8 ? GROUP : 8)
-#define K_VECS (HEAD_DIM / 32)              // 16-byte loads of K a lane and row
-#define V_REGS (HEAD_DIM / 16)              // registers of V a lane and token, and tiles of 16 head dimensions
-#define V_VEC (HEAD_DIM % 64 == 0 ? 8 : 4)  // head dimensions a lane loads at a time
+#define Q_VECS (KV_DIM / 32)    // 16-byte vectors of Q a lane
+#define V_REGS (KV_DIM / 16)    // registers of V a lane and token once unpacked, and tiles of 16 head dimensions
+#define PAIRS (KV_DIM / 4)      // lanes that rotate a head, two adjacent pairs (d, d + HEAD_DIM / 2) each
 #define LOG2_E 1.4426950408889634f
 
 DEVICE int lane_group() { return (threadIdx.x % 32) / 4; }
 DEVICE int lane_member() { return threadIdx.x % 4; }
 
-// The K and V fragments of one page.
+// What a lane holds of one page, packed.
 struct Page {
-    uint4 k[2][K_VECS];   // rows g and g + 8
-    u32 v[4][V_REGS];     // tokens 2t, 2t + 1, 2t + 8, 2t + 9
+    u32 k_low[2][Q_VECS][2], k_upper[2][Q_VECS];  // tokens g and g + 8
+    u32 v_low[4][V_REGS / 4][2], v_upper[4][V_REGS / 4];  // tokens 2t, 2t + 1, 2t + 8, 2t + 9
+    u32 scales;  // bytes: of K of tokens g and g + 8, of V of the same
+};
+
+// A token's vector, its words in order.
+struct __align__(16) PackedRow {
+    unsigned char low[KV_DIM];
+    u32 upper[KV_DIM / 8];
+    u32 scale;
+};
+struct NewToken {
+    PackedRow k, v;
 };
 
 // A warp's running softmax: columns are the heads 2t and 2t + 1.
@@ -38,82 +50,132 @@ struct Softmax {
     }
 };
 
-// A page's K or V in global memory: [16, HEAD_DIM].
-struct GlobalRows {
-    const bf16* rows;
+// A page of a kv head in global memory.
+struct GlobalBlock {
+    const unsigned char* block;
 
-    __device__ __forceinline__ uint4 load_16(int row, int d) const { return load_stream_16(rows + row * HEAD_DIM + d); }
-    __device__ __forceinline__ uint2 load_8(int row, int d) const { return load_stream_8(rows + row * HEAD_DIM + d); }
+    __device__ __forceinline__ uint4 load_16(int at) const { return load_stream_16(block + at); }
+    __device__ __forceinline__ uint2 load_8(int at) const { return load_stream_8(block + at); }
+    __device__ __forceinline__ u32 load_4(int at) const { return load_stream_4(block + at); }
 };
 
-template <class Rows> DEVICE void load_k(Page& page, const Rows& rows) {
+template <class Block> DEVICE void load_k(Page& page, const Block& block) {
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        const int token = lane_group() + half * 8;
+        u32* const upper = page.k_upper[half];
 #pragma unroll
-        for (int i = 0; i < K_VECS; i++)
-            page.k[half][i] = rows.load_16(lane_group() + half * 8, lane_member() * 8 + i * 32);
+        for (int i = 0; i < Q_VECS; i += 2) {
+            const uint4 x = block.load_16(k_low_at(token, 2 * lane_member() + i * 4));
+            page.k_low[half][i][0] = x.x, page.k_low[half][i][1] = x.y;
+            page.k_low[half][i + 1][0] = x.z, page.k_low[half][i + 1][1] = x.w;
+        }
+        if constexpr (Q_VECS == 4) {
+            const uint4 x = block.load_16(k_upper_at(token, 2 * lane_member()));
+            upper[0] = x.x, upper[1] = x.y, upper[2] = x.z, upper[3] = x.w;
+        } else {
+            const uint2 x = block.load_8(k_upper_at(token, 2 * lane_member()));
+            upper[0] = x.x, upper[1] = x.y;
+        }
+    }
+    page.scales = block.load_4(SCALES + lane_group() * 4);
 }
 
-template <class Rows> DEVICE void load_v(Page& page, const Rows& rows) {
+template <class Block> DEVICE void load_v(Page& page, const Block& block) {
+    const int word = lane_group() * (KV_DIM / 64);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int token = lane_member() * 2 + (i & 1) + (i >> 1) * 8;
-#pragma unroll
-        for (int r = 0; r < V_REGS; r += V_VEC / 2) {
-            const int d = r / (V_VEC / 2) * 8 * V_VEC + lane_group() * V_VEC;
-            if (V_VEC == 8) {
-                uint4 x = rows.load_16(token, d);
-                page.v[i][r] = x.x, page.v[i][r + 1] = x.y, page.v[i][r + 2] = x.z, page.v[i][r + 3] = x.w;
-            } else {
-                uint2 x = rows.load_8(token, d);
-                page.v[i][r] = x.x, page.v[i][r + 1] = x.y;
-            }
+    for (int i = 0; i < 4; i += 2) {
+        const int token = lane_member() * 2 + i * 4;
+        auto& low = page.v_low;
+        auto& upper = page.v_upper;
+        if constexpr (KV_DIM == 128) {
+            const uint4 a = block.load_16(v_low_at(token, word)), b = block.load_16(v_low_at(token + 1, word));
+            const uint4 u = block.load_16(v_upper_at(token, word));
+            low[i][0][0] = a.x, low[i][0][1] = a.y, low[i][1][0] = a.z, low[i][1][1] = a.w;
+            low[i + 1][0][0] = b.x, low[i + 1][0][1] = b.y, low[i + 1][1][0] = b.z, low[i + 1][1][1] = b.w;
+            upper[i][0] = u.x, upper[i][1] = u.y, upper[i + 1][0] = u.z, upper[i + 1][1] = u.w;
+        } else {
+            const uint4 x = block.load_16(v_low_at(token, word));
+            const uint2 u = block.load_8(v_upper_at(token, word));
+            low[i][0][0] = x.x, low[i][0][1] = x.y, low[i + 1][0][0] = x.z, low[i + 1][0][1] = x.w;
+            upper[i][0] = u.x, upper[i + 1][0] = u.y;
         }
     }
 }
 
-// The head dimension of register r of a lane's V fragment (its low half).
-DEVICE int v_dim(int r) { return r / (V_VEC / 2) * 8 * V_VEC + lane_group() * V_VEC + r % (V_VEC / 2) * 2; }
+// First of the eight head dimensions of vector i of a lane's Q, and those of register r of its V (its low half).
+DEVICE int q_dim(int i) { return 16 * (lane_member() + i / 2 * 4) + i % 2 * 8; }
+DEVICE int v_dim(int r) { return lane_group() * (KV_DIM / 8) + 2 * r; }
 
-// Puts the new token, which is row `row` of the page, into the fragments.
-DEVICE void insert_new_k(Page& page, const bf16* new_k, int row) {
+// A lane's Q of one head, scaled for packed K.
+DEVICE void load_query(uint4 (&q)[Q_VECS], const bf16* head) {
+    const __nv_bfloat162 unbias = __float2bfloat162_rn(UNBIAS);
+    const auto scaled = [&](u32 pair) {
+        const __nv_bfloat162 x = __hmul2(*(const __nv_bfloat162*)&pair, unbias);
+        return *(const u32*)&x;
+    };
+#pragma unroll
+    for (int i = 0; i < Q_VECS; i++) {
+        q[i] = make_uint4(0, 0, 0, 0);
+        if (!head || q_dim(i) >= HEAD_DIM) continue;
+        const uint4 x = *(const uint4*)(head + q_dim(i));
+        q[i] = make_uint4(scaled(x.x), scaled(x.y), scaled(x.z), scaled(x.w));
+    }
+}
+
+// Puts the new token's K, which is row `row` of the page, and the scales of both its vectors into the registers.
+DEVICE void insert_new_k(Page& page, const NewToken& token, int row) {
     if (lane_group() != row % 8) return;
+    const int half = row / 8;
 #pragma unroll
-    for (int i = 0; i < K_VECS; i++) {
-        uint4 k = *(const uint4*)&new_k[lane_member() * 8 + i * 32];
-        if (row < 8) page.k[0][i] = k;
-        else page.k[1][i] = k;
+    for (int i = 0; i < Q_VECS; i++) {
+        const uint2 low = *(const uint2*)&token.k.low[q_dim(i)];
+        const u32 upper = token.k.upper[q_dim(i) / 8];
+        if (half == 0) page.k_low[0][i][0] = low.x, page.k_low[0][i][1] = low.y, page.k_upper[0][i] = upper;
+        else page.k_low[1][i][0] = low.x, page.k_low[1][i][1] = low.y, page.k_upper[1][i] = upper;
     }
+    const u32 scales = (token.k.scale | token.v.scale << 16) << half * 8;
+    page.scales = (page.scales & ~(0x00ff00ffu << half * 8)) | scales;
 }
-// The same for V, and zeroes the rows after it: 0 * NaN is NaN. new_v may be null: the page has the token already.
-DEVICE void insert_new_v(Page& page, const bf16* new_v, int row) {
+// The same for its V. (Rows after it have probabilities of 0, and no packed number is a NaN.)
+DEVICE void insert_new_v(Page& page, const NewToken& token, int row) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int token = lane_member() * 2 + (i & 1) + (i >> 1) * 8;
+        if (lane_member() * 2 + (i & 1) + (i >> 1) * 8 != row) continue;
 #pragma unroll
-        for (int r = 0; r < V_REGS; r++) {
-            if (token > row) page.v[i][r] = 0;
-            else if (new_v && token == row) page.v[i][r] = *(const u32*)&new_v[v_dim(r)];
+        for (int w = 0; w < V_REGS / 4; w++) {
+            const uint2 low = *(const uint2*)&token.v.low[v_dim(4 * w)];
+            page.v_low[i][w][0] = low.x, page.v_low[i][w][1] = low.y;
+            page.v_upper[i][w] = token.v.upper[v_dim(4 * w) / 8];
         }
     }
+}
+
+// Bytes 0 to 3 of `scales` as the factors they stand for.
+DEVICE float scale_factor(u32 scales, int byte) {
+    const u32 bits = byte == 3 ? scales >> 1 : scales << (23 - 8 * byte);
+    return __uint_as_float(bits & 0x7f800000);
 }
 
 // Scores of the page's tokens, as P^T fragments, with the running maximum and sum brought up to date. Tokens from
 // seen_tokens.x to before seen_tokens.y are seen.
-DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VECS], int2 seen_tokens, int page_index,
+DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[Q_VECS], int2 seen_tokens, int page_index,
                          float scale_log2, u32 (&p)[2]) {
     float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < K_VECS; i++) {
-        mma_bf16(even, page.k[0][i].x, page.k[1][i].x, page.k[0][i].y, page.k[1][i].y, q[i].x, q[i].y);
-        mma_bf16(odd, page.k[0][i].z, page.k[1][i].z, page.k[0][i].w, page.k[1][i].w, q[i].z, q[i].w);
+    for (int i = 0; i < Q_VECS; i++) {
+        u32 a[4], b[4];
+        unpack_word(a, page.k_low[0][i][0], page.k_low[0][i][1], page.k_upper[0][i]);
+        unpack_word(b, page.k_low[1][i][0], page.k_low[1][i][1], page.k_upper[1][i]);
+        mma_bf16(even, a[0], b[0], a[1], b[1], q[i].x, q[i].y);
+        mma_bf16(odd, a[2], b[2], a[3], b[3], q[i].z, q[i].w);
     }
     float s[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
         bool seen = token >= seen_tokens.x && token < seen_tokens.y;
-        s[i] = seen ? (even[i] + odd[i]) * scale_log2 : -INF;
+        s[i] = seen ? (even[i] + odd[i]) * (scale_factor(page.scales, i >> 1) * scale_log2) : -INF;
     }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -128,15 +190,22 @@ DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[K_VE
 #pragma unroll
         for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
     }
-    p[0] = transpose_8x8(pack_bf16(s[0], s[1]));
-    p[1] = transpose_8x8(pack_bf16(s[2], s[3]));
+    const float v_g = scale_factor(page.scales, 2), v_g8 = scale_factor(page.scales, 3);
+    p[0] = transpose_8x8(pack_bf16(s[0] * v_g, s[1] * v_g));
+    p[1] = transpose_8x8(pack_bf16(s[2] * v_g8, s[3] * v_g8));
 }
 
 DEVICE void accumulate_page(Softmax& state, const Page& page, const u32 (&p)[2]) {
 #pragma unroll
-    for (int r = 0; r < V_REGS; r++)
-        mma_bf16(state.out[r], low_halves(page.v[0][r], page.v[1][r]), high_halves(page.v[0][r], page.v[1][r]),
-             low_halves(page.v[2][r], page.v[3][r]), high_halves(page.v[2][r], page.v[3][r]), p[0], p[1]);
+    for (int w = 0; w < V_REGS / 4; w++) {
+        u32 v[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) unpack_word(v[i], page.v_low[i][w][0], page.v_low[i][w][1], page.v_upper[i][w]);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            mma_bf16(state.out[4 * w + r], low_halves(v[0][r], v[1][r]), high_halves(v[0][r], v[1][r]),
+                     low_halves(v[2][r], v[3][r]), high_halves(v[2][r], v[3][r]), p[0], p[1]);
+    }
 }
 
 // Hands a warp's result to `out` [HEADS][HEAD_DIM + 4] and `max_sum` [8] in shared memory.
@@ -150,7 +219,7 @@ DEVICE void store_state(Softmax& state, int n_heads, float (*out)[HEAD_DIM + 4],
         if (lane_group() == 0) max_sum[head] = make_float2(state.max[c], state.sum[c]);
 #pragma unroll
         for (int r = 0; r < V_REGS; r++)
-            *(float2*)&out[head][v_dim(r)] = make_float2(state.out[r][c], state.out[r][c + 2]);
+            if (v_dim(r) < HEAD_DIM) *(float2*)&out[head][v_dim(r)] = make_float2(state.out[r][c], state.out[r][c + 2]);
     }
 }
 
@@ -160,15 +229,55 @@ DEVICE u32 add_bias(u32 x, const bf16* bias, int column) {
     return pack_bf16(bf16_low(x) + bf16_low(b), bf16_high(x) + bf16_high(b));
 }
 
-// Rotates the pairs (d, d + HEAD_DIM / 2) and (d + 1, ...) of the head at `column` of a row of q, k and v. cos_sin: the
-// position's row, cosines in the first half.
-DEVICE void rotate_pairs(bf16* to, const bf16* row, const bf16* bias, const float* cos_sin, int column, int d) {
-    u32 a = add_bias(*(const u32*)(row + column + d), bias, column + d);
-    u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), bias, column + d + HEAD_DIM / 2);
-    float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
-    *(u32*)(to + d) = pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y);
-    *(u32*)(to + d + HEAD_DIM / 2) =
-            pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y);
+// The pairs (d, d + HEAD_DIM / 2) and (d + 1, ...) of the head at `column` of a row of q, k and v, rotated: .x at d, .y at
+// d + HEAD_DIM / 2. cos_sin: the position's row, cosines in the first half; null: not rotated.
+DEVICE uint2 rotated_pairs(const bf16* row, const bf16* bias, const float* cos_sin, int column, int d) {
+    const u32 a = add_bias(*(const u32*)(row + column + d), bias, column + d);
+    const u32 b = add_bias(*(const u32*)(row + column + d + HEAD_DIM / 2), bias, column + d + HEAD_DIM / 2);
+    if (!cos_sin) return make_uint2(a, b);
+    const float2 c = *(const float2*)(cos_sin + d), s = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
+    return make_uint2(pack_bf16(bf16_low(a) * c.x - bf16_low(b) * s.x, bf16_high(a) * c.y - bf16_high(b) * s.y),
+                      pack_bf16(bf16_low(b) * c.x + bf16_low(a) * s.x, bf16_high(b) * c.y + bf16_high(a) * s.y));
+}
+
+DEVICE void store_pairs(bf16* to, uint2 pairs, int d) {
+    *(u32*)(to + d) = pairs.x;
+    *(u32*)(to + d + HEAD_DIM / 2) = pairs.y;
+}
+
+// Packs a vector of which each of PAIRS lanes holds the pairs at d = 0, 2, 4, ... and at d + HEAD_DIM / 2.
+DEVICE void pack_row(PackedRow& to, uint2 pairs, int d) {
+    const bool exists = d < HEAD_DIM / 2;
+    const u32 group = PAIRS == 32 ? FULL_WARP : 0xffffu << (threadIdx.x & 16);
+    const u32 greatest = exists ? max(greatest_bits(pairs.x), greatest_bits(pairs.y)) : 0;
+    const int shift = shift_of(__reduce_max_sync(group, greatest));
+    const u32 halves[2] = {shrink(pairs.x, shift), shrink(pairs.y, shift)};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 x = halves[half];
+        const int at = d + half * (HEAD_DIM / 2);
+        const u32 upper = (x >> 8 & 0xff | x >> 16 & 0xff00) << d % 4 * 8;
+        u32 bits = d % 8 < 4 ? join_upper(upper, 0) : join_upper(0, upper);
+        bits |= __shfl_xor_sync(group, bits, 1);
+        bits |= __shfl_xor_sync(group, bits, 2);
+        if (!exists) continue;
+        *(unsigned short*)&to.low[at] = x & 0xff | x >> 8 & 0xff00;
+        if (d % 8 == 0) to.upper[at / 8] = bits;
+    }
+    if (d == 0) to.scale = scale_byte(shift);
+}
+
+// Writes a packed token to row `row` of a block; by `n_threads` threads, of which this is number `i`.
+DEVICE void store_token(unsigned char* block, const NewToken& token, int row, int i, int n_threads) {
+    constexpr int WORDS = HEAD_DIM / 8;
+    for (; i < 2 * WORDS; i += n_threads) {
+        const bool is_v = i >= WORDS;
+        const int word = i % WORDS;
+        const PackedRow& from = is_v ? token.v : token.k;
+        *(uint2*)(block + (is_v ? v_low_at(row, word) : k_low_at(row, word))) = *(const uint2*)&from.low[word * 8];
+        *(u32*)(block + (is_v ? v_upper_at(row, word) : k_upper_at(row, word))) = from.upper[word];
+        if (word == 0) block[scale_at(row, is_v)] = from.scale;
+    }
 }
 
 // Adds part `o` of a softmax with maximum and sum `part` to (acc, sum), both relative to maximum `m`.

@@ -50,6 +50,13 @@ DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, un
         : "memory");
 }
 
+// `n_bytes` in a row; addresses and size are multiples of 16.
+DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(n_bytes), "r"(bar)
+                 : "memory");
+}
+
 // wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart
 // (read only for the transposed operand, whose columns run over slabs).
 DEVICE u64 descriptor(unsigned addr, unsigned slab_bytes) {

@@ -41,13 +41,6 @@ DEVICE const Escape* escape_list(const unsigned char* extras, int n_rows) {
     return (const Escape*)(escape_starts(extras, n_rows) + n_rows / 16 * 4);
 }
 
-// Bytes a and b by the nibbles of a selector, whose fourth bits are zero.
-DEVICE u32 permute(u32 a, u32 b, u32 selector) {
-    u32 d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-    return d;
-}
-
 // A row's window: the upper bytes, without signs, of its eight places.
 struct Window {
     u32 low, high;

@@ -6,16 +6,15 @@
 // The spills are at head_dim 128: both the scores and the outputs of a tile are in registers. Hopper does not pay for
 // them, it runs prefill_attention_sm90.cu; measurements in docs/log.md.
 //
-// Causal attention of the new tokens of several sequences over their paged KV cache, for every GPU
-// from sm_80 on (mma.sync). A step may mix prompt chunks and single decode rows; this chunk's keys
-// and values are in the cache already and q is rotated.
+// Causal attention of the new tokens of several sequences over their keys and values, unpacked from the paged
+// cache (unpack_kv.cu), for every GPU from sm_80 on (mma.sync). q is rotated.
 //
 //   qkv           bf16  [n_tokens, (n_q + 2 n_kv) * HEAD_DIM]   only the q part is read
-//   k/v_cache     bf16  [n_pages, n_kv, 16, HEAD_DIM]           pages of unused slots may hold anything
+//   keys, values  bf16  [n_kv, capacity, HEAD_DIM]             of all contexts; anything between them
 //   out           bf16  [n_tokens, n_q * HEAD_DIM]
 //   cu_seqlens_q  int32 [n_seqs + 1]   query rows of sequence s: cu_seqlens_q[s] .. cu_seqlens_q[s+1]
-//   context_lens  int32 [n_seqs]       tokens in the cache; the queries are the last ones of them
-//   block_tables  int32 [n_seqs, block_table_stride]
+//   context_lens  int32 [n_seqs]       tokens of each; the queries are the last ones of them
+//   context_starts int32 [n_seqs]      where each begins in keys and values
 //   tiles         int2  [n_tiles]      (sequence, first row of the tile), longest context first
 //   window        keys further back than this are not seen; 0: all are
 //
@@ -80,11 +79,10 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache,
-                  const bf16* __restrict__ v_cache, bf16* __restrict__ out,
-                  const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
-                  const int* __restrict__ block_tables, int block_table_stride,
-                  const int2* __restrict__ tiles, float scale, int window) {
+prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ keys, const bf16* __restrict__ values,
+                  bf16* __restrict__ out, const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
+                  const int* __restrict__ context_starts, int capacity, const int2* __restrict__ tiles, float scale,
+                  int window) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const unsigned smem_base = (unsigned)__cvta_generic_to_shared(smem);
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
@@ -99,7 +97,8 @@ prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache
     const int context = context_lens[seq];
     const int n_rows = q_len * GROUP;
     if (tile_row >= n_rows || context < q_len) return;
-    const int* block_table = block_tables + (long long)seq * block_table_stride;
+    const long long first_number = ((long long)kv_head * capacity + context_starts[seq]) * HEAD_DIM;
+    keys += first_number, values += first_number;
 
     const int first_pos = context - q_len + tile_row / GROUP;
     const int last_row = min(tile_row + TILE_M, n_rows) - 1;
@@ -108,24 +107,17 @@ prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache
     const int tile_first = kv_begin / TILE_N;
     const int tile_last = (kv_end - 1) / TILE_N;
 
-    // Each lane holds one page id of a tile ahead of its loads.
-    auto page_ids = [&](int n) {
-        const int page_idx = n * (TILE_N / PAGE) + (lane & (TILE_N / PAGE - 1));
-        return n >= tile_first && page_idx * PAGE < kv_end ? block_table[page_idx] : 0;
-    };
-    auto load_kv = [&](const bf16* cache, int pages, int n, unsigned offset) {
+    auto load_kv = [&](const bf16* tokens, int n, unsigned offset) {
 #pragma unroll
         for (int i = 0; i < TILE_N * CHUNKS / THREADS; ++i) {
             const int idx = tid + i * THREADS;
             const int row = idx / CHUNKS, chunk = idx % CHUNKS;
-            const long long page = __shfl_sync(FULL_WARP, pages, row / PAGE);
-            const bf16* src = cache + ((page * n_kv + kv_head) * PAGE + row % PAGE) * HEAD_DIM + chunk * 8;
+            const bf16* src = tokens + (n * TILE_N + row) * HEAD_DIM + chunk * 8;
             copy_chunk(smem_base + offset + chunk_offset(row, chunk), src, n * TILE_N + row < kv_end);
         }
         commit_copies();
     };
 
-    int pages = page_ids(tile_last);
     {
         const long long qkv_stride = (long long)(n_kv * GROUP + 2 * n_kv) * HEAD_DIM;
 #pragma unroll
@@ -138,7 +130,7 @@ prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache
             copy_chunk(smem_base + chunk_offset(row, chunk), src, true);
         }
     }
-    load_kv(k_cache, pages, tile_last, K_OFFSET);  // commits q and k together
+    load_kv(keys, tile_last, K_OFFSET);  // commits q and k together
 
     const float scale_log2 = scale * 1.4426950408889634f;
     // A warp with no live row only helps to load. Rows of this thread: warp * WARP_ROWS + 16 m + 8 h + lane / 4.
@@ -163,8 +155,7 @@ prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache
     for (int n = tile_last; n >= tile_first; --n) {
         wait_copies<0>();
         __syncthreads();  // K of this tile is here; all warps are done with V of the tile before
-        load_kv(v_cache, pages, n, V_OFFSET);
-        pages = page_ids(n - 1);
+        load_kv(values, n, V_OFFSET);
 
         float s[WARP_TILES][N_BLOCKS][4];
         if (active) {
@@ -194,7 +185,7 @@ prefill_attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache
         }
         wait_copies<0>();
         __syncthreads();  // V is here; all warps are done with K
-        if (n > tile_first) load_kv(k_cache, pages, n - 1, K_OFFSET);
+        if (n > tile_first) load_kv(keys, n - 1, K_OFFSET);
         if (!active) continue;
 
         const int col0 = n * TILE_N + (lane & 3) * 2;

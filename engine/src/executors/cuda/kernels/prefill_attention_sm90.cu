@@ -7,8 +7,8 @@
 // memory access and warp specialisation in its place. See there for shapes and the packing of rows.
 //
 // Further parameters
-//   k_map, v_map  tensor maps over the caches seen as bf16 [n_pages * n_kv * 16, HEAD_DIM], box 64 columns x
-//                 16 rows, SWIZZLE_128B, zero fill out of bounds
+//   k_map, v_map  tensor maps over keys and values seen as bf16 [n_kv * capacity, HEAD_DIM], box 64 columns x
+//                 128 rows, SWIZZLE_128B, zero fill out of bounds
 //   tiles         int2 [n_tiles] (sequence, first row), longest context first
 //
 // Grid: min(n_tiles * n_kv, multiprocessors) persistent blocks, which share the tiles out in snake order
@@ -16,7 +16,7 @@
 // Block: (N_CONSUMERS + 1) * 128 threads. Dynamic shared memory: 1024 + (N_CONSUMERS * 64 + 2 * STAGES * 128)
 // * ROW_BYTES + 256, ROW_BYTES being 128 for HEAD_DIM 64 and 256 for 96 and 128.
 //
-// FlashAttention-3 (Shah et al., 2024): the producer warpgroup brings K and V tiles of 128 tokens page by page
+// FlashAttention-3 (Shah et al., 2024): the producer warpgroup brings K and V tiles of 128 tokens
 // (one warp) and q (the other three); each consumer warpgroup owns 64 rows, runs QK^T of the next tile while
 // the tensor cores do PV of this one, and with PINGPONG takes turns at the tensor cores with its
 // neighbour, so that one's softmax runs under the other's products.
@@ -178,8 +178,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[D_PADDED / 2], const unsigne
     wgmma_commit();
 }
 
-// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what a page
-// holds there (or no load has written) may be NaN. Called by all of a warpgroup.
+// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what lies there may be NaN. Called by all of a warpgroup.
 __device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, int warpgroup) {
     for (int i = n_valid * 8 + thread; i < TILE_N * 8; i += 128)
 #pragma unroll
@@ -194,7 +193,7 @@ extern "C" __global__ void __launch_bounds__((N_CONSUMERS + 1) * 128, 1)
 prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
                        const bf16* __restrict__ qkv, bf16* __restrict__ out,
                        const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
-                       const int* __restrict__ block_tables, int block_table_stride, const int2* __restrict__ tiles,
+                       const int* __restrict__ context_starts, int capacity, const int2* __restrict__ tiles,
                        int n_tiles, int n_kv, float scale, int window) {
     extern __shared__ unsigned char smem_raw[];
     const unsigned smem = ((unsigned)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
@@ -227,29 +226,21 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
             int stage = 0, phase = 0;
             for (int round = 0; !done; ++round) {
                 if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
-                const int* block_table = block_tables + (long long)tile.seq * block_table_stride;
-                const int n_pages = (tile.kv_end + PAGE - 1) / PAGE;
-                // Lanes 0 to 7 each bring one page of K and of V; the ids of the next tile are read ahead.
-                int page = 0;
-                if (lane < 8 && tile.n_last * 8 + lane < n_pages) page = block_table[tile.n_last * 8 + lane];
+                const int first_row = tile.kv_head * capacity + context_starts[tile.seq];
                 for (int n = tile.n_last; n >= tile.n_first; --n) {
-                    const int row = (page * n_kv + tile.kv_head) * PAGE;
-                    const int n_loads = min(8, n_pages - n * 8);
-                    if (lane < 8 && n > tile.n_first) page = block_table[(n - 1) * 8 + lane];
 #pragma unroll
                     for (int which = 0; which < 2; ++which) {
                         const unsigned full = BAR((which ? V_FULL : K_FULL) + stage);
                         mbarrier_wait(BAR((which ? V_EMPTY : K_EMPTY) + stage), phase ^ 1);
-                        if (lane == 0) mbarrier_expect(full, n_loads * PAGE * 128 * SLABS);
-                        __syncwarp();
-                        const unsigned dst =
-                            smem + (which ? V_OFFSET : K_OFFSET) + stage * KV_TILE_BYTES + lane * PAGE * 128;
-                        if (lane < n_loads)
+                        if (lane > 0) continue;
+                        mbarrier_expect(full, KV_TILE_BYTES);
+                        const unsigned dst = smem + (which ? V_OFFSET : K_OFFSET) + stage * KV_TILE_BYTES;
 #pragma unroll
-                            for (int slab = 0; slab < SLABS; ++slab)
-                                load_box(dst + slab * KV_SLAB_BYTES, which ? &v_map : &k_map, slab * 64, row, full);
-                        __syncwarp();
+                        for (int slab = 0; slab < SLABS; ++slab)
+                            load_box(dst + slab * KV_SLAB_BYTES, which ? &v_map : &k_map, slab * 64,
+                                     first_row + n * TILE_N, full);
                     }
+                    __syncwarp();
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
