@@ -4,7 +4,7 @@
 use super::ops::kv_tiles;
 use crate::{decoder::DecoderSpec, step::PAGE_SIZE};
 
-/// Units of a block, at least: one for each of its warps.
+/// Units of a block, at least: about one for each of its warps.
 const MIN_UNITS: usize = 8;
 /// A block may begin this share of its units earlier or later, if a row begins there: a row in two blocks must be
 /// joined through memory.

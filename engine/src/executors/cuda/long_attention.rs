@@ -9,16 +9,15 @@ use super::{
 };
 use crate::{Error, decoder::DecoderSpec};
 
-/// Warps of a block.
-const WARPS: usize = 8;
-/// Most pages of a warp's ring.
-const MAX_STAGES: usize = 4;
+/// Warps of a block and pages of a warp's ring, the fastest first (docs/log.md).
+const SHAPES: [(usize, usize); 4] = [(12, 2), (8, 2), (8, 1), (4, 1)];
 /// Rows whose queries are rotated at a time.
 const ROWS: usize = 8;
 
 /// The kernel for one model.
 pub(super) struct LongAttention {
     kernel: Kernel,
+    n_warps: usize,
     /// Most blocks: multiprocessors.
     n_sms: usize,
     /// Dynamic shared memory, without the lists of sequences.
@@ -30,22 +29,23 @@ impl LongAttention {
     /// Hopper or the model's heads do not fit its multiprocessors.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, max_seqs: usize) -> Result<Option<Self>, Error> {
         let n_sms = gpu.n_sms as usize;
-        let fits =
-            |&stages: &usize| shared_bytes(spec, stages) + lists_bytes(max_seqs, n_sms) <= gpu.max_shared as usize;
-        let stages = (1..=MAX_STAGES).rev().find(fits).filter(|_| gpu.is_hopper());
-        let Some(stages) = stages else { return Ok(None) };
+        let fits = |&(n_warps, n_stages): &(usize, usize)| {
+            shared_bytes(spec, n_warps, n_stages) + lists_bytes(max_seqs, n_sms) <= gpu.max_shared as usize
+        };
+        let shape = SHAPES.into_iter().find(fits).filter(|_| gpu.is_hopper());
+        let Some((n_warps, n_stages)) = shape else { return Ok(None) };
         let macros = [
             ("HEAD_DIM", spec.head_dim),
             ("GROUP", spec.n_heads / spec.n_kv_heads),
-            ("STAGES", stages),
-            ("WARPS", WARPS),
-            ("ROWS", ROWS),
+            ("STAGES", n_stages),
+            ("WARPS", n_warps),
+            ("ROWS", ROWS.min(n_warps)),
         ];
         let cubins = compile::compile(&[Variant::new(&compile::DECODE_ATTENTION_SM90, &macros)], &gpu.arch())?;
         gpu.bind()?;
         let [kernel] = Kernel::load(&cubins[0], ["decode_attention_sm90"])?;
         kernel.allow_shared(gpu.max_shared)?;
-        Ok(Some(Self { kernel, n_sms, shared_bytes: shared_bytes(spec, stages) }))
+        Ok(Some(Self { kernel, n_warps, n_sms, shared_bytes: shared_bytes(spec, n_warps, n_stages) }))
     }
 
     /// Whether it is the fastest for such contexts: short ones want more blocks beside the weights' streams.
@@ -61,7 +61,7 @@ impl LongAttention {
     pub(super) fn launch(&self, n_seqs: usize, n_blocks: usize) -> Launch {
         Launch {
             grid: [n_blocks as u32, 1, 1],
-            block: WARPS as u32 * 32,
+            block: self.n_warps as u32 * 32,
             shared_bytes: (self.shared_bytes + lists_bytes(n_seqs, self.n_sms)) as u32,
             dependent: true,
         }
@@ -80,13 +80,13 @@ fn heads(spec: &DecoderSpec) -> usize {
 }
 
 /// The kernel's ring and `State`.
-fn shared_bytes(spec: &DecoderSpec, stages: usize) -> usize {
+fn shared_bytes(spec: &DecoderSpec, n_warps: usize, n_stages: usize) -> usize {
     let (heads, head_dim) = (heads(spec), spec.head_dim);
-    let ring = WARPS * stages * block_bytes(spec);
-    let barriers = WARPS * stages * 8;
+    let ring = n_warps * n_stages * block_bytes(spec);
+    let barriers = n_warps * n_stages * 8;
     let packed_row = (kv_dim(spec) * 12 / 8 + 4).next_multiple_of(16);
     let rotated = ROWS * (heads * (head_dim + 8) * 2 + 2 * packed_row);
-    let results = 2 * WARPS * (heads * (head_dim + 4) * 4 + 8 * 8);
+    let results = n_warps * (heads * (head_dim + 4) * 4 + 8 * 8);
     ring + barriers + rotated + results + 16
 }
 

@@ -266,11 +266,12 @@ DEVICE void attend(const Inputs& in) {
     queue.first = share.first_page + share.split + warp * share.active;
     queue.stride = share.active * WARPS;
     queue.end = share.first_page + share.n_pages;
+    const LaneAt at;
     Page page;
     if (n_warp_pages > 0) {
         const GlobalBlock block = {block_of(in, queue.page(0))};
-        load_k(page, block);
-        load_v(page, block);
+        load_k(page, block, at);
+        load_v(page, block, at);
     }
     const bool owns_new_token = (share.n_pages - 1) % share.active == share.split;
     if (FUSED) {
@@ -294,10 +295,10 @@ DEVICE void attend(const Inputs& in) {
         softmax_page(state, page, q, seen, page_index, scale_log2, p);
         const bool has_next = i + 1 < n_warp_pages;
         const GlobalBlock next = {has_next ? block_of(in, queue.page(i + 1)) : nullptr};
-        if (has_next) load_k(page, next);
+        if (has_next) load_k(page, next, at);
         if (FUSED && newest) insert_new_v(page, shared.token, (context_len - 1) % PAGE);
         accumulate_page(state, page, p);
-        if (has_next) load_v(page, next);
+        if (has_next) load_v(page, next, at);
     }
 
     if (n_warp_pages > 0) store_state(state, n_heads(), shared.out[warp], shared.max_sum[warp]);

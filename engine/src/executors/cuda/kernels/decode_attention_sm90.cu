@@ -30,7 +30,7 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 #ifndef WARPS
-#define WARPS 8
+#define WARPS 12
 #endif
 constexpr int THREADS = 32 * WARPS;
 #ifndef STAGES
@@ -47,9 +47,8 @@ struct State {
     u64 full[WARPS * STAGES];
     bf16 q[ROWS][HEADS][HEAD_DIM + 8];
     NewToken tokens[ROWS];
-    // Twice: a row's results are merged while warps write the next one's.
-    float out[2][WARPS][HEADS][HEAD_DIM + 4];
-    float2 max_sum[2][WARPS][8];
+    float out[WARPS][HEADS][HEAD_DIM + 4];
+    float2 max_sum[WARPS][8];
     int is_last;
 };
 
@@ -200,11 +199,10 @@ DEVICE void combine_parts(State& state, const Inputs& in, const Row& row, int fr
             add_part(acc, sum, __ldcg(&in.partial_out[(size_t)part(j) * PARTIAL_VECS + i]), max_sums[j * HEADS + head], m);
         store_out(in, row, i, acc, sum);
     }
-    __syncthreads();  // max_sums lies where warps write results
 }
 
-// Merges what the warps have left of a row in buffer `b` (whole block).
-DEVICE void finish_row(State& state, const Inputs& in, const Work& work, const Row& row, int b) {
+// Merges what the warps have left of a row (whole block).
+DEVICE void finish_row(State& state, const Inputs& in, const Work& work, const Row& row) {
     const int from = max(work.first, row.first_unit), to = min(work.end, row.end_unit());
     const int n_warps = min(WARPS, to - from), first_warp = (from - work.first) % WARPS;
     const bool is_whole = from == row.first_unit && to == row.end_unit();
@@ -212,11 +210,11 @@ DEVICE void finish_row(State& state, const Inputs& in, const Work& work, const R
     for (int i = threadIdx.x; i < row.n_heads() * (HEAD_DIM / 4); i += THREADS) {
         const int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
         float m = -INF, sum = 0.f;
-        for (int j = 0; j < n_warps; ++j) m = fmaxf(m, state.max_sum[b][(first_warp + j) % WARPS][head].x);
+        for (int j = 0; j < n_warps; ++j) m = fmaxf(m, state.max_sum[(first_warp + j) % WARPS][head].x);
         float4 acc = {0.f, 0.f, 0.f, 0.f};
         for (int j = 0; j < n_warps; ++j) {
             const int w = (first_warp + j) % WARPS;
-            add_part(acc, sum, *(const float4*)&state.out[b][w][head][d], state.max_sum[b][w][head], m);
+            add_part(acc, sum, *(const float4*)&state.out[w][head][d], state.max_sum[w][head], m);
         }
         if (is_whole) {
             store_out(in, row, i, acc, sum);
@@ -234,7 +232,7 @@ DEVICE void finish_row(State& state, const Inputs& in, const Work& work, const R
     __syncthreads();
     if (!state.is_last) return;
     __threadfence();
-    combine_parts(state, in, row, first_block, n_parts, (float2*)state.out[b]);
+    combine_parts(state, in, row, first_block, n_parts, (float2*)state.out);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -270,16 +268,17 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
     for (int i = 0; i < STAGES; ++i) loader.load(i);
     PDL_WAIT();
 
+    const LaneAt at;
     const float scale_log2 = scale * LOG2_E;
     const Row last(work, work.end - 1);
     const int last_row = last.seq * work.n_tiles + last.tile;
     Row row(work, work.first);
-    int unit = 0, buffer = 0;
+    int unit = 0;
     for (int row_index = row.seq * work.n_tiles + row.tile; row_index <= last_row; row_index += ROWS) {
         const int n_rows = min(ROWS, last_row - row_index + 1);
         rotate_rows(state, in, work, row_index, n_rows);
         __syncthreads();
-        for (int r = 0; r < n_rows; ++r, buffer ^= 1) {
+        for (int r = 0; r < n_rows; ++r) {
             const int context_len = work.context_lens[row.seq];
             const int first_token = first_seen(context_len, window);
             const int2 seen = make_int2(first_token, context_len);
@@ -298,8 +297,8 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
                 mbarrier_wait(loader.full + 8 * stage, unit / STAGES % 2);
                 const SharedBlock block = {ring + (warp * STAGES + stage) * KV_BLOCK};
                 Page page;
-                load_k(page, block);
-                load_v(page, block);
+                load_k(page, block, at);
+                load_v(page, block, at);
                 __syncwarp();
                 loader.load(unit + STAGES);
                 if (newest) {
@@ -310,9 +309,10 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
                 softmax_page(softmax, page, q, seen, page_index, scale_log2, p);
                 accumulate_page(softmax, page, p);
             }
-            if (unit > before) store_state(softmax, row.n_heads(), state.out[buffer][warp], state.max_sum[buffer][warp]);
+            if (unit > before) store_state(softmax, row.n_heads(), state.out[warp], state.max_sum[warp]);
             __syncthreads();
-            finish_row(state, in, work, row, buffer);
+            finish_row(state, in, work, row);
+            __syncthreads();  // what it merged lies where warps leave the next row
             if (row.end_unit() < work.end) row.advance(work);
         }
     }

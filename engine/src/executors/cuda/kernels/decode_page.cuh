@@ -59,45 +59,63 @@ struct GlobalBlock {
     __device__ __forceinline__ u32 load_4(int at) const { return load_stream_4(block + at); }
 };
 
-template <class Block> DEVICE void load_k(Page& page, const Block& block) {
+// Where this lane's parts of a block begin. Tokens 8 further on are as far away in all of them.
+struct LaneAt {
+    int k_low[Q_VECS / 2], k_upper, v_low, v_upper, scales;
+
+    __device__ __forceinline__ LaneAt() {
+        const int token = lane_group(), v_token = 2 * lane_member(), v_word = lane_group() * (KV_DIM / 64);
+#pragma unroll
+        for (int i = 0; i < Q_VECS / 2; i++) k_low[i] = keep(k_low_at(token, 2 * lane_member() + 8 * i));
+        k_upper = keep(k_upper_at(token, 2 * lane_member()));
+        v_low = keep(v_low_at(v_token, v_word));
+        v_upper = keep(v_upper_at(v_token, v_word));
+        scales = keep(SCALES + lane_group() * 4);
+    }
+    // In a register: the compiler would rather compute it for each page.
+    static __device__ __forceinline__ int keep(int x) {
+        asm volatile("" : "+r"(x));
+        return x;
+    }
+};
+
+template <class Block> DEVICE void load_k(Page& page, const Block& block, const LaneAt& at) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int token = lane_group() + half * 8;
         u32* const upper = page.k_upper[half];
 #pragma unroll
         for (int i = 0; i < Q_VECS; i += 2) {
-            const uint4 x = block.load_16(k_low_at(token, 2 * lane_member() + i * 4));
+            const uint4 x = block.load_16(at.k_low[i / 2] + half * 8 * KV_DIM);
             page.k_low[half][i][0] = x.x, page.k_low[half][i][1] = x.y;
             page.k_low[half][i + 1][0] = x.z, page.k_low[half][i + 1][1] = x.w;
         }
         if constexpr (Q_VECS == 4) {
-            const uint4 x = block.load_16(k_upper_at(token, 2 * lane_member()));
+            const uint4 x = block.load_16(at.k_upper + half * 4 * KV_DIM);
             upper[0] = x.x, upper[1] = x.y, upper[2] = x.z, upper[3] = x.w;
         } else {
-            const uint2 x = block.load_8(k_upper_at(token, 2 * lane_member()));
+            const uint2 x = block.load_8(at.k_upper + half * 4 * KV_DIM);
             upper[0] = x.x, upper[1] = x.y;
         }
     }
-    page.scales = block.load_4(SCALES + lane_group() * 4);
+    page.scales = block.load_4(at.scales);
 }
 
-template <class Block> DEVICE void load_v(Page& page, const Block& block) {
-    const int word = lane_group() * (KV_DIM / 64);
+template <class Block> DEVICE void load_v(Page& page, const Block& block, const LaneAt& at) {
+    auto& low = page.v_low;
+    auto& upper = page.v_upper;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        const int token = lane_member() * 2 + i * 4;
-        auto& low = page.v_low;
-        auto& upper = page.v_upper;
+        const int low_at = at.v_low + i * 4 * KV_DIM, upper_at = at.v_upper + i * 2 * KV_DIM;
+        const uint4 x = block.load_16(low_at);
+        low[i][0][0] = x.x, low[i][0][1] = x.y;
         if constexpr (KV_DIM == 128) {
-            const uint4 a = block.load_16(v_low_at(token, word)), b = block.load_16(v_low_at(token + 1, word));
-            const uint4 u = block.load_16(v_upper_at(token, word));
-            low[i][0][0] = a.x, low[i][0][1] = a.y, low[i][1][0] = a.z, low[i][1][1] = a.w;
-            low[i + 1][0][0] = b.x, low[i + 1][0][1] = b.y, low[i + 1][1][0] = b.z, low[i + 1][1][1] = b.w;
+            const uint4 y = block.load_16(low_at + KV_DIM), u = block.load_16(upper_at);
+            low[i][1][0] = x.z, low[i][1][1] = x.w;
+            low[i + 1][0][0] = y.x, low[i + 1][0][1] = y.y, low[i + 1][1][0] = y.z, low[i + 1][1][1] = y.w;
             upper[i][0] = u.x, upper[i][1] = u.y, upper[i + 1][0] = u.z, upper[i + 1][1] = u.w;
         } else {
-            const uint4 x = block.load_16(v_low_at(token, word));
-            const uint2 u = block.load_8(v_upper_at(token, word));
-            low[i][0][0] = x.x, low[i][0][1] = x.y, low[i + 1][0][0] = x.z, low[i + 1][0][1] = x.w;
+            const uint2 u = block.load_8(upper_at);
+            low[i + 1][0][0] = x.z, low[i + 1][0][1] = x.w;
             upper[i][0] = u.x, upper[i + 1][0] = u.y;
         }
     }
@@ -172,23 +190,38 @@ DEVICE void softmax_page(Softmax& state, const Page& page, const uint4 (&q)[Q_VE
     }
     float s[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int token = page_index * PAGE + lane_group() + (i >> 1) * 8;
-        bool seen = token >= seen_tokens.x && token < seen_tokens.y;
-        s[i] = seen ? (even[i] + odd[i]) * (scale_factor(page.scales, i >> 1) * scale_log2) : -INF;
+    for (int i = 0; i < 4; i++) s[i] = (even[i] + odd[i]) * (scale_factor(page.scales, i >> 1) * scale_log2);
+    const int first_token = page_index * PAGE;
+    if (first_token < seen_tokens.x || first_token + PAGE > seen_tokens.y) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = first_token + lane_group() + (i >> 1) * 8;
+            if (token < seen_tokens.x || token >= seen_tokens.y) s[i] = -INF;
+        }
+    }
+    float m[2];
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        m[c] = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) m[c] = fmaxf(m[c], __shfl_xor_sync(FULL_WARP, m[c], mask));
+    }
+    // Few pages raise a maximum after the first ones.
+    if (__any_sync(FULL_WARP, m[0] > state.max[0] || m[1] > state.max[1])) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float rescale = exp2_approx(state.max[c] - m[c]);
+            state.max[c] = m[c];
+            state.sum[c] *= rescale;
+#pragma unroll
+            for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
+        }
     }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-        float m = fmaxf(state.max[c], fmaxf(s[c], s[c + 2]));
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, mask));
-        float rescale = exp2_approx(state.max[c] - m);
-        state.max[c] = m;
-        s[c] = exp2_approx(s[c] - m);
-        s[c + 2] = exp2_approx(s[c + 2] - m);
-        state.sum[c] = state.sum[c] * rescale + s[c] + s[c + 2];
-#pragma unroll
-        for (int r = 0; r < V_REGS; r++) state.out[r][c] *= rescale, state.out[r][c + 2] *= rescale;
+        s[c] = exp2_approx(s[c] - m[c]);
+        s[c + 2] = exp2_approx(s[c + 2] - m[c]);
+        state.sum[c] += s[c] + s[c + 2];
     }
     const float v_g = scale_factor(page.scales, 2), v_g8 = scale_factor(page.scales, 3);
     p[0] = transpose_8x8(pack_bf16(s[0] * v_g, s[1] * v_g));
