@@ -33,6 +33,7 @@ macro_rules! sources {
 sources! {
     EMBED = "embed";
     RMSNORM = "rmsnorm";
+    GATHER_ROWS = "gather_rows";
     ROPE_KV = "rope_kv";
     SILU_MUL = "silu_mul";
     GEMV = "gemv";

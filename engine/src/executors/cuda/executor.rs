@@ -132,6 +132,9 @@ impl CudaExecutor {
             return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
+        if step.seqs.iter().all(|seq| seq.prompt_logprobs.is_none()) {
+            return forward.sampled_chunks(&self.gpu, shape);
+        }
         forward.chunks(&self.gpu, shape)?;
         self.sampling.prompt_logprobs(&self.gpu, forward, step)?;
         let rows = forward.input(forward.layout.sample_rows);

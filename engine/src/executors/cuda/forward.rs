@@ -76,6 +76,8 @@ struct Rows<'a> {
     n_decode: usize,
     /// The other ones.
     groups: &'a [PromptGroup],
+    /// Only rows that are sampled are wanted.
+    sampled_only: bool,
     /// Of the leading rows.
     contexts: Contexts,
     /// Blocks of [`LongAttention`].
@@ -88,7 +90,8 @@ impl Forward {
     pub(super) fn decode(&mut self, gpu: &Gpu, bucket: usize, contexts: Contexts) -> Result<(), Error> {
         let tokens = self.layout.decode;
         let decode_blocks = gpu.n_sms as usize;
-        let rows = Rows { n_tokens: bucket, n_decode: bucket, groups: &[], contexts, decode_blocks };
+        let rows =
+            Rows { n_tokens: bucket, n_decode: bucket, groups: &[], sampled_only: false, contexts, decode_blocks };
         self.embed(gpu, tokens, bucket)?;
         if !self.uses_gemv(bucket) {
             for layer in 0..self.spec.n_layers {
@@ -124,14 +127,43 @@ impl Forward {
         self.spec.moe.as_ref().is_none_or(|moe| moe.shared_intermediate_size.is_some())
     }
 
-    /// Any step, without its logits.
+    /// Any step, without its logits: all rows of the residual stream.
     pub(super) fn chunks(&mut self, gpu: &Gpu, shape: &StepShape) -> Result<(), Error> {
-        let tokens = self.layout.chunk;
-        let contexts = Contexts::of(shape.n_blocks);
+        self.chunk_layers(gpu, shape, 0..self.spec.n_layers)
+    }
+
+    /// Any step, with the logits of the rows to sample.
+    pub(super) fn sampled_chunks(&mut self, gpu: &Gpu, shape: &StepShape) -> Result<(), Error> {
+        let rows = self.input(self.layout.sample_rows);
+        if self.experts.is_some() || !shape.samples_few() {
+            self.chunks(gpu, shape)?;
+            return self.logits(gpu, rows, shape.n_samples);
+        }
+        // Of the rows that are not sampled the last layer leaves nothing but keys and values.
+        let (n, last) = (shape.n_samples, self.spec.n_layers - 1);
+        self.chunk_layers(gpu, shape, 0..last)?;
+        self.attend(gpu, last, Rows { sampled_only: true, ..self.chunk_rows(shape) }, self.layout.chunk)?;
+        if n == 0 {
+            return Ok(());
+        }
+        let (x, attn_out) = (self.buffers.x.ptr(), self.buffers.attn_out.ptr());
+        let (hidden, width) = (self.spec.hidden_size as i32, (self.spec.n_heads * self.spec.head_dim) as i32);
+        let args = [Ptr(rows), Int(n as i32), Ptr(x), Int(hidden), Ptr(attn_out), Int(width)];
+        self.ops.gather_rows.launch(gpu.cu_stream(), self.ops.gather_rows_launch(), &args)?;
+        self.after_attention(gpu, last, self.layout.chunk, n)?;
+        self.logits(gpu, 0, n)
+    }
+
+    fn chunk_rows<'a>(&self, shape: &'a StepShape) -> Rows<'a> {
         let &StepShape { n_tokens, n_decode, decode_blocks, .. } = shape;
-        let rows = Rows { n_tokens, n_decode, groups: &shape.groups, contexts, decode_blocks };
-        self.embed(gpu, tokens, n_tokens)?;
-        (0..self.spec.n_layers).try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
+        let contexts = Contexts::of(shape.n_blocks);
+        Rows { n_tokens, n_decode, groups: &shape.groups, sampled_only: false, contexts, decode_blocks }
+    }
+
+    fn chunk_layers(&mut self, gpu: &Gpu, shape: &StepShape, layers: Range<usize>) -> Result<(), Error> {
+        let (tokens, rows) = (self.layout.chunk, self.chunk_rows(shape));
+        self.embed(gpu, tokens, rows.n_tokens)?;
+        layers.into_iter().try_for_each(|layer| self.gemm_layer(gpu, layer, rows, tokens))
     }
 
     /// Logits of `n` rows of the residual stream, whose numbers are at address `rows` (0: the first `n`).
@@ -253,13 +285,17 @@ impl Forward {
     }
 
     fn gemm_layer(&mut self, gpu: &Gpu, layer: usize, rows: Rows<'_>, tokens: TokenSections) -> Result<(), Error> {
+        self.attend(gpu, layer, rows, tokens)?;
+        self.after_attention(gpu, layer, tokens, rows.n_tokens)
+    }
+
+    /// A layer from the residual stream to the attention output.
+    fn attend(&mut self, gpu: &Gpu, layer: usize, rows: Rows<'_>, tokens: TokenSections) -> Result<(), Error> {
         let n = rows.n_tokens;
-        let w = &self.weights.layers[layer];
-        let (input_norm, post_norm) = (w.input_norm.ptr(), w.post_attention_norm.ptr());
-        self.norm(gpu, input_norm, 0, n)?;
+        self.norm(gpu, self.weights.layers[layer].input_norm.ptr(), 0, n)?;
         self.product(gpu, (Product::Qkv, layer), n)?;
         if rows.n_decode == n && !self.spec.qk_norm {
-            self.decode_attention_rope(gpu.cu_stream(), layer, rows)?;
+            self.decode_attention_rope(gpu.cu_stream(), layer, rows)
         } else if rows.n_decode > 0 && !rows.groups.is_empty() && !self.spec.qk_norm {
             let stream = self.side.fork(gpu)?;
             self.decode_attention_rope(stream, layer, rows)?;
@@ -268,15 +304,19 @@ impl Forward {
                 Some(_) => gpu.n_sms as usize - rows.decode_blocks,
                 None => gpu.n_sms as usize,
             };
-            self.prefill_attention(gpu, layer, rows.groups, n_sms)?;
-            self.side.join(gpu)?;
+            self.prefill_attention(gpu, layer, rows, n_sms)?;
+            self.side.join(gpu)
         } else {
             self.rope_kv(gpu, layer, tokens, 0..n)?;
             self.decode_attention(gpu, layer, rows)?;
-            self.prefill_attention(gpu, layer, rows.groups, gpu.n_sms as usize)?;
+            self.prefill_attention(gpu, layer, rows, gpu.n_sms as usize)
         }
+    }
+
+    /// The rest of a layer, for the first `n` rows.
+    fn after_attention(&mut self, gpu: &Gpu, layer: usize, tokens: TokenSections, n: usize) -> Result<(), Error> {
         self.product(gpu, (Product::O, layer), n)?;
-        self.norm(gpu, post_norm, 0, n)?;
+        self.norm(gpu, self.weights.layers[layer].post_attention_norm.ptr(), 0, n)?;
         if self.has_mlp() {
             self.product(gpu, (Product::GateUp, layer), n)?;
         }
@@ -453,13 +493,18 @@ impl Forward {
     }
 
     /// Unpacks the contexts of prompts and attends them, group by group; on Hopper on `n_sms` multiprocessors.
-    fn prefill_attention(&self, gpu: &Gpu, layer: usize, groups: &[PromptGroup], n_sms: usize) -> Result<(), Error> {
-        let mut tiles = self.input(self.layout.tiles);
-        for group in groups {
+    fn prefill_attention(&self, gpu: &Gpu, layer: usize, rows: Rows<'_>, n_sms: usize) -> Result<(), Error> {
+        let sampled_only = rows.sampled_only;
+        let mut tiles = self.input(if sampled_only { self.layout.sampled_tiles } else { self.layout.tiles });
+        for group in rows.groups {
+            let n_tiles = if sampled_only { group.n_sampled_tiles } else { group.n_tiles };
+            if n_tiles == 0 {
+                continue;
+            }
             self.unpack_kv(gpu, layer, group)?;
-            let launch = self.ops.prefill_attention_launch(group.n_tiles, n_sms);
-            self.ops.prefill_attention.launch(gpu.cu_stream(), launch, &self.prefill_args(tiles, group.n_tiles))?;
-            tiles += 8 * group.n_tiles as u64;
+            let launch = self.ops.prefill_attention_launch(n_tiles, n_sms);
+            self.ops.prefill_attention.launch(gpu.cu_stream(), launch, &self.prefill_args(tiles, n_tiles))?;
+            tiles += 8 * n_tiles as u64;
         }
         Ok(())
     }

@@ -53,7 +53,9 @@ pub(super) struct Layout {
     pub(super) cu_seqlens: Section,
     /// Where each sequence's context begins among those of its group.
     pub(super) context_starts: Section,
-    /// Pairs (sequence, first row of the tile), by group.
+    /// Pairs (sequence, first row of the tile), by group, of tiles with rows that are sampled.
+    pub(super) sampled_tiles: Section,
+    /// The same of all tiles.
     pub(super) tiles: Section,
     /// Numbers in the block.
     n_words: usize,
@@ -97,6 +99,7 @@ impl Layout {
         let chunk = tokens(max_tokens, &mut section);
         let cu_seqlens = section(max_seqs + 1);
         let context_starts = section(max_seqs);
+        let sampled_tiles = section(2 * 2 * max_seqs);
         let tiles = section(2 * max_tiles(max_seqs, max_tokens, group));
         let n_words = end;
         Self {
@@ -111,6 +114,7 @@ impl Layout {
             chunk,
             cu_seqlens,
             context_starts,
+            sampled_tiles,
             tiles,
             n_words,
             n_decode_words,
@@ -171,6 +175,11 @@ impl StepShape {
         }
     }
 
+    /// Whether few of the rows are sampled, so that most of the last layer is for nothing.
+    pub(super) fn samples_few(&self) -> bool {
+        2 * self.n_samples <= self.n_tokens
+    }
+
     /// Whether every sequence decodes one token and is sampled: what a CUDA graph runs.
     pub(super) fn is_decode(&self) -> bool {
         self.n_decode == self.n_seqs && self.n_samples == self.n_seqs
@@ -186,6 +195,18 @@ fn n_pairs(seq: &StepSeq) -> usize {
 /// Tiles of a prompt chunk of `query_len` rows.
 pub(super) fn n_tiles(query_len: u32, group: usize) -> usize {
     (query_len as usize * group).div_ceil(TILE_ROWS)
+}
+
+/// The tile where the last of `query_len` rows begins: its heads may lie in two.
+pub(super) fn last_row_tile(query_len: u32, group: usize) -> usize {
+    (query_len as usize - 1) * group / TILE_ROWS
+}
+
+/// Of each sequence, whether its last row is sampled.
+pub(super) fn sampled_seqs(step: &StepInput) -> Vec<bool> {
+    let mut is_sampled = vec![false; step.seqs.len()];
+    step.samples.iter().for_each(|sample| is_sampled[sample.seq] = true);
+    is_sampled
 }
 
 /// The pinned blocks of one step in flight.
@@ -222,8 +243,8 @@ impl StepInputs {
                 for (seq, start) in shape.groups.iter().flat_map(|group| group.context_starts(step)) {
                     starts[seq] = start;
                 }
-                let tiles = layout.tiles.of(self.block.as_mut_slice());
-                (layout.tiles.start + pack_tiles(tiles, step, shape)) * 4
+                let (before, tiles) = self.block.as_mut_slice().split_at_mut(layout.tiles.start);
+                (layout.tiles.start + pack_tiles(tiles, layout.sampled_tiles.of(before), step, shape)) * 4
             }
         }
     }
@@ -299,23 +320,26 @@ fn pack_block_tables(tables: &mut [i32], step: &StepInput, n_blocks: usize) {
 }
 
 /// Tiles of the prompt chunks, of each group those of the longest context first so that the last blocks to run are short
-/// ones. Returns the numbers written.
-fn pack_tiles(tiles: &mut [i32], step: &StepInput, shape: &StepShape) -> usize {
-    let mut pairs = tiles.chunks_exact_mut(2);
+/// ones; those with rows that are sampled once more to `sampled`. Returns the numbers written to `tiles`.
+fn pack_tiles(tiles: &mut [i32], sampled: &mut [i32], step: &StepInput, shape: &StepShape) -> usize {
+    let (mut pairs, mut sampled) = (tiles.chunks_exact_mut(2), sampled.chunks_exact_mut(2));
+    let is_sampled = sampled_seqs(step);
     for group in &shape.groups {
         let mut order = Vec::with_capacity(group.n_tiles);
         for i in group.seqs.clone() {
             let seq = &step.seqs[i];
             let before = seq.context_len - seq.query_len;
             order.extend((0..n_tiles(seq.query_len, shape.group)).map(|tile| {
-                let row = tile * TILE_ROWS;
-                let last_query = ((row + TILE_ROWS) / shape.group).min(seq.query_len as usize);
-                (before as usize + last_query, i, row)
+                let last_query = ((tile + 1) * TILE_ROWS / shape.group).min(seq.query_len as usize);
+                (before as usize + last_query, i, tile)
             }));
         }
         order.sort_by_key(|&(context, ..)| std::cmp::Reverse(context));
-        for (pair, (_, seq, row)) in pairs.by_ref().zip(&order) {
-            pair.copy_from_slice(&[*seq as i32, *row as i32]);
+        for &(_, seq, tile) in &order {
+            let pair = [seq as i32, (tile * TILE_ROWS) as i32];
+            let is_last = tile >= last_row_tile(step.seqs[seq].query_len, shape.group);
+            let to_sampled = if is_sampled[seq] && is_last { sampled.next() } else { None };
+            pairs.next().into_iter().chain(to_sampled).for_each(|to| to.copy_from_slice(&pair));
         }
     }
     2 * shape.groups.iter().map(|group| group.n_tiles).sum::<usize>()
@@ -323,7 +347,7 @@ fn pack_tiles(tiles: &mut [i32], step: &StepInput, shape: &StepShape) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{ops::Range, sync::Arc};
 
     use super::*;
 
@@ -386,6 +410,7 @@ mod tests {
             l.chunk.slot_mapping,
             l.cu_seqlens,
             l.context_starts,
+            l.sampled_tiles,
             l.tiles,
         ];
         for pair in sections.windows(2) {
@@ -424,8 +449,10 @@ mod tests {
         assert_eq!((shape.n_decode, shape.n_tokens, shape.n_blocks), (2, 144, 32));
         assert!(!shape.is_decode());
         let mut tiles = vec![0; 2 * max_tiles(5, 144, GROUP)];
-        assert_eq!(shape.groups, [PromptGroup { seqs: 2..5, n_pages: 3 + 32 + 1, n_tiles: 7 }]);
-        let n = pack_tiles(&mut tiles, &step, &shape);
+        assert_eq!(shape.groups, [PromptGroup { seqs: 2..5, n_pages: 3 + 32 + 1, n_tiles: 7, n_sampled_tiles: 3 }]);
+        let mut sampled = vec![0; 2 * 2 * 5];
+        let n = pack_tiles(&mut tiles, &mut sampled, &step, &shape);
+        assert_eq!(sampled[..7], [3, 384, 2, 128, 4, 0, 0], "of each sequence the last");
         let mut pairs: Vec<_> = tiles[..n].chunks(2).map(|p| (p[0], p[1])).collect();
         assert_eq!(pairs[0].0, 3, "the longest context comes first");
         pairs.sort();
@@ -442,12 +469,13 @@ mod tests {
     fn contexts_that_do_not_fit_together_are_attended_in_turn() {
         let step = step(&[(1, 50), (40, 40), (100, 500), (2, 2), (3, 33)]);
         let shape = StepShape::of(&step, GROUP, 33);
-        let group = |seqs, n_pages, n_tiles| PromptGroup { seqs, n_pages, n_tiles };
+        let group =
+            |seqs: Range<usize>, n_pages, n_tiles| PromptGroup { n_sampled_tiles: seqs.len(), seqs, n_pages, n_tiles };
         assert_eq!(shape.groups, [group(1..2, 3, 2), group(2..4, 33, 5), group(4..5, 3, 1)]);
         let starts: Vec<_> = shape.groups.iter().flat_map(|group| group.context_starts(&step)).collect();
         assert_eq!(starts, [(1, 0), (2, 0), (3, 512), (4, 0)]);
         let mut tiles = vec![0; 2 * max_tiles(5, 146, GROUP)];
-        assert_eq!(pack_tiles(&mut tiles, &step, &shape), 16);
+        assert_eq!(pack_tiles(&mut tiles, &mut [0; 2 * 2 * 5], &step, &shape), 16);
         let seqs: Vec<_> = tiles[..16].chunks(2).map(|pair| pair[0]).collect();
         assert_eq!(seqs, [1, 1, 2, 2, 2, 2, 3, 4], "no tile of a group among those of another");
         let alone = StepShape::of(&step, GROUP, 8);

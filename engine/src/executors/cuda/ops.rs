@@ -111,7 +111,7 @@ const GEMV_KINDS: [(&str, &str); 5] = [
 ];
 
 /// Variants before the GEMVs.
-const N_OTHERS: usize = 8;
+const N_OTHERS: usize = 9;
 
 /// All kernels of a model.
 pub(super) struct Ops {
@@ -126,6 +126,7 @@ pub(super) struct Ops {
     /// For each of [`DECODE_CLUSTERS`], on Hopper.
     decode_attention_clusters: Vec<Kernel>,
     pub(super) unpack_kv: Kernel,
+    pub(super) gather_rows: Kernel,
     pub(super) prefill_attention: Kernel,
     /// For each of [`batch_tiles`].
     gemvs: Vec<Gemvs>,
@@ -168,6 +169,7 @@ pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec
         },
         Variant::new(&compile::RMSNORM, &norm),
         Variant::new(&compile::UNPACK_KV, &[("HEAD_DIM", head_dim)]),
+        Variant::new(&compile::GATHER_ROWS, &[]),
     ];
     let clusters = DECODE_CLUSTERS.iter().filter(|_| hopper).map(|&(cluster, _)| {
         let macros = [("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS), ("CLUSTER", cluster)];
@@ -232,6 +234,7 @@ impl Ops {
             decode_attention_rope,
             decode_attention_clusters,
             unpack_kv: one(7, "unpack_kv")?,
+            gather_rows: one(8, "gather_rows")?,
             prefill_attention,
             gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
@@ -332,6 +335,12 @@ impl Ops {
 
     fn splits(&self, n_seqs: usize, contexts: Contexts) -> Splits {
         splits((n_seqs, contexts), kv_tiles(self.n_heads, self.n_kv), self.n_sms)
+    }
+
+    /// For `gather_rows` of the residual stream and the attention output.
+    pub(super) fn gather_rows_launch(&self) -> Launch {
+        let n_columns = self.hidden / 4 + self.n_heads * self.head_dim / 8;
+        self.launch([n_columns.div_ceil(128) as u32, 1, 1], 128)
     }
 
     /// For `unpack_kv` of `n_pages` pages.

@@ -3,7 +3,13 @@
 
 use std::ops::Range;
 
-use super::{buffers::StepLimits, device::Gpu, inputs::n_tiles, memory::DeviceBuffer, tensor_map::TensorMap};
+use super::{
+    buffers::StepLimits,
+    device::Gpu,
+    inputs::{last_row_tile, n_tiles, sampled_seqs},
+    memory::DeviceBuffer,
+    tensor_map::TensorMap,
+};
 use crate::{
     Error,
     decoder::DecoderSpec,
@@ -57,6 +63,8 @@ pub(super) struct PromptGroup {
     pub(super) n_pages: usize,
     /// Tiles of their query rows.
     pub(super) n_tiles: usize,
+    /// Of these, those with a row that is sampled.
+    pub(super) n_sampled_tiles: usize,
 }
 
 impl PromptGroup {
@@ -64,16 +72,19 @@ impl PromptGroup {
     /// heads share a kv head.
     pub(super) fn all(step: &StepInput, first: usize, heads: usize, max_pages: usize) -> Vec<Self> {
         let mut groups: Vec<Self> = Vec::new();
+        let is_sampled = sampled_seqs(step);
         for (i, seq) in step.seqs.iter().enumerate().skip(first) {
             let n_pages = (seq.context_len as usize).div_ceil(PAGE_SIZE);
             let n_tiles = n_tiles(seq.query_len, heads);
+            let n_sampled_tiles = if is_sampled[i] { n_tiles - last_row_tile(seq.query_len, heads) } else { 0 };
             match groups.last_mut().filter(|group| group.n_pages + n_pages <= max_pages) {
                 Some(group) => {
                     group.seqs.end = i + 1;
                     group.n_pages += n_pages;
                     group.n_tiles += n_tiles;
+                    group.n_sampled_tiles += n_sampled_tiles;
                 }
-                None => groups.push(Self { seqs: i..i + 1, n_pages, n_tiles }),
+                None => groups.push(Self { seqs: i..i + 1, n_pages, n_tiles, n_sampled_tiles }),
             }
         }
         groups
