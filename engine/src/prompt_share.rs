@@ -25,7 +25,7 @@ const SHORT_QUEUE_STEPS: usize = 2;
 #[derive(Debug)]
 pub(crate) enum PromptShare {
     /// As [`MixedSteps::Rows`].
-    Rows(&'static [usize]),
+    Rows(&'static [(usize, usize)]),
     /// As [`MixedSteps::Timed`].
     Timed(TimedShare),
 }
@@ -43,10 +43,10 @@ impl PromptShare {
         match self {
             Self::Rows(rows) => {
                 // Short prompts that a few steps of the fewest rows take in are no queue.
-                let is_short = rows.first().is_some_and(|&rows| demand.n_prompt_tokens <= SHORT_QUEUE_STEPS * rows);
-                let n_prompts = if is_short { 1 } else { demand.n_prompts };
-                let by_queue = rows.get(n_prompts.saturating_sub(1)).or(rows.last());
-                by_queue.map_or(usize::MAX, |rows| rows.saturating_sub(demand.n_decoding).max(MIN_PROMPT_ROWS))
+                let is_short = rows.first().is_some_and(|&(_, n)| demand.n_prompt_tokens <= SHORT_QUEUE_STEPS * n);
+                let n_prompts = if is_short { 1 } else { demand.n_prompts.max(1) };
+                let by_queue = rows.iter().rev().find(|&&(from, _)| from <= n_prompts);
+                by_queue.map_or(usize::MAX, |(_, n)| n.saturating_sub(demand.n_decoding).max(MIN_PROMPT_ROWS))
             }
             Self::Timed(share) => share.budget(),
         }
@@ -124,10 +124,10 @@ mod tests {
 
     #[test]
     fn more_waiting_prompts_get_more_rows() {
-        let share = PromptShare::new(MixedSteps::Rows(&[256, 512, 1024]));
+        let share = PromptShare::new(MixedSteps::Rows(&[(1, 256), (2, 512), (4, 1024)]));
         let budget =
             |n_decoding, n_prompts, n_prompt_tokens| share.budget(Demand { n_decoding, n_prompts, n_prompt_tokens });
-        assert_eq!([1, 2, 3, 9].map(|n_prompts| budget(16, n_prompts, 5000)), [240, 496, 1008, 1008]);
+        assert_eq!([1, 2, 3, 4, 9].map(|n_prompts| budget(16, n_prompts, 5000)), [240, 496, 496, 1008, 1008]);
         assert_eq!(budget(16, 5, 400), 240, "short prompts are no queue");
         assert_eq!(budget(250, 1, 5000), MIN_PROMPT_ROWS, "prompts get on beside many decoding sequences");
         assert_eq!(budget(0, 0, 0), 256);

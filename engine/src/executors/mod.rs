@@ -40,10 +40,10 @@ pub struct Capacity {
 /// How a prompt chunk is cut in a step in which sequences decode, all of which it holds up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MixedSteps {
-    /// So that the step has so many query rows at most, by the number of prompts that wait: the first figure is for one,
-    /// the last for more. On a device that reads the weights anyway, some hundred rows cost little in every step; but
-    /// they let a queue of prompts grow, and what waits there does not decode.
-    Rows(&'static [usize]),
+    /// So that the step has so many query rows at most, by the number of prompts that wait: pairs of a number of prompts
+    /// and the rows from there on, rising, from one prompt on. On a device that reads the weights anyway, some hundred
+    /// rows cost little in every step; but they let a queue of prompts grow, and what waits there does not decode.
+    Rows(&'static [(usize, usize)]),
     /// By measured times, so that the step takes at most a few times as long as one that only decodes.
     Timed,
 }

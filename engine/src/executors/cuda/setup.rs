@@ -33,9 +33,9 @@ use crate::{
 /// Most query rows of a step, unless asked otherwise: more are no faster for dense models, keep arrivals waiting and take
 /// memory from the KV cache (docs/log.md).
 const DEFAULT_MAX_TOKENS: usize = 2048;
-/// Most query rows of a step in which sequences decode, beside one waiting prompt, two and so on: multiples of the
-/// products' tiles, from those that cost least beside the weights to those that cost least each (docs/log.md).
-const MIXED_ROWS: &[usize] = &[256, 512, 512, 1024];
+/// Most query rows of a step in which sequences decode, by the number of prompts that wait: multiples of the products'
+/// tiles, from those that cost least beside the weights to those that cost least each (docs/log.md).
+const MIXED_ROWS: &[(usize, usize)] = &[(1, 256), (2, 512), (4, 1024), (16, 2048)];
 /// Most sequences of a step, unless asked otherwise.
 const DEFAULT_MAX_SEQS: usize = 256;
 /// Device memory that a CUDA graph is counted for before it exists.

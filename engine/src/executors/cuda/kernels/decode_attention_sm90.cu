@@ -145,7 +145,8 @@ struct Loader {
         if (threadIdx.x % 32 == 0) {
             const unsigned bar = full + 8 * (i % STAGES);
             mbarrier_expect(bar, KV_BLOCK);
-            load_bytes(ring + i % STAGES * KV_BLOCK, in.cache + (size_t)block * KV_BLOCK, KV_BLOCK, bar);
+            load_bytes(ring + i % STAGES * KV_BLOCK, in.cache + (size_t)block * KV_BLOCK, KV_BLOCK, bar,
+                       evict_first());
         }
     }
 };

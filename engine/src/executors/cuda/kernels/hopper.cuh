@@ -50,11 +50,18 @@ DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, un
         : "memory");
 }
 
-// `n_bytes` in a row; addresses and size are multiples of 16.
-DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-                 "l"(src), "r"(n_bytes), "r"(bar)
-                 : "memory");
+// For what is read once: it leaves the L2 cache before all else.
+DEVICE u64 evict_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+// `n_bytes` in a row, with an L2 policy; addresses and size are multiples of 16.
+DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+        "l"(src), "r"(n_bytes), "r"(bar), "l"(policy)
+        : "memory");
 }
 
 // wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart

@@ -315,8 +315,10 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                 wgmma_wait<0>();
                 if (lane == 0 && busy_stage >= 0) mbarrier_arrive(BAR(V_EMPTY + busy_stage));
                 to_bf16(p, s);
+                // Few tiles raise a maximum after the first ones.
+                if (__any_sync(FULL_WARP, softmax.decay[0] != 1.f || softmax.decay[1] != 1.f))
 #pragma unroll
-                for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
+                    for (int i = 0; i < D_PADDED / 2; ++i) o[i] *= softmax.decay[i / 2 % 2];
                 const int v_phase = phase;
                 busy_stage = stage;
                 if (++stage == STAGES) stage = 0, phase ^= 1;
