@@ -31,6 +31,8 @@ pub enum Choice<'a> {
     Greedy,
     /// These: the only ones that may be sampled.
     Forced(&'a [Vec<u32>]),
+    /// The same, and the prompts' log-probabilities are not asked for.
+    ForcedOutputs(&'a [Vec<u32>]),
     /// The best ones, after each sequence's logits were edited in a way of its own. With log-probabilities or without.
     Edited { logprobs: bool },
 }
@@ -46,6 +48,12 @@ pub struct Scores {
 }
 
 impl Scores {
+    /// The sampled tokens alone.
+    #[must_use]
+    pub fn without_prompts(self) -> Self {
+        Self { prompts: Vec::new(), ..self }
+    }
+
     /// Greatest difference over all positions; infinite if positions are missing or not numbers.
     pub fn difference(&self, other: &Self) -> f32 {
         let both = |s: &Self| -> Vec<(u32, f32)> {
@@ -127,7 +135,10 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
             let block_start = step.block_tables.len();
             step.block_tables.extend(first_page..first_page + end.div_ceil(PAGE_SIZE) as u32);
             let n_prompt = batch.prompts[seq];
-            let targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
+            let mut targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
+            if matches!(choice, Choice::ForcedOutputs(_)) {
+                targets.clear();
+            }
             step.seqs.push(StepSeq {
                 slot: seq as u32,
                 query_start,
@@ -140,7 +151,7 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
             if end == tokens[seq].len() {
                 let n_output = scores.tokens[seq].len();
                 let allowed = match choice {
-                    Choice::Forced(tokens) => Some(vec![tokens[seq][n_output]]),
+                    Choice::Forced(tokens) | Choice::ForcedOutputs(tokens) => Some(vec![tokens[seq][n_output]]),
                     _ => None,
                 };
                 let logprobs = (!matches!(choice, Choice::Edited { logprobs: false })).then_some(1);

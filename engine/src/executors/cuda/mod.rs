@@ -31,6 +31,7 @@ mod logit_edits;
 mod long_attention;
 mod memory;
 mod ops;
+mod packed_kv_selftest;
 mod packed_weights;
 mod packed_weights_selftest;
 mod plan;

@@ -14,7 +14,7 @@ use super::{
     experts_selftest,
     gemm::{Gemm, GemmOutput, GemmShape, Operands},
     memory::DeviceBuffer,
-    packed_weights_selftest,
+    packed_kv_selftest, packed_weights_selftest,
     status::Check,
 };
 use crate::{
@@ -97,6 +97,7 @@ pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error>
     let gpu = Gpu::open(device)?;
     if !is_quick {
         cases.extend(experts_selftest::compare(&gpu, &models()[0].1)?);
+        cases.extend(packed_kv_selftest::compare(&gpu, &models()[0].1)?);
         cases.extend(packed_weights_selftest::compare(&gpu)?);
     }
     let (copy_gb_per_s, matmul_tflop_per_s) = measure(&gpu)?;
@@ -170,11 +171,14 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
     };
     // Sizes that are not whole blocks of packed weights.
     let unpacked = DecoderSpec { hidden_size: 264, intermediate_size: 520, ..llama.clone() };
+    // Padded in the KV cache; the query heads of a kv head are two tiles.
+    let padded = DecoderSpec { head_dim: 96, n_heads: 12, n_kv_heads: 1, ..llama.clone() };
     let partly_packed = DecoderSpec { intermediate_size: 520, ..llama.clone() };
     vec![
         ("llama, head_dim 128", llama),
         ("llama, no weight packed", unpacked),
         ("llama, down not packed", partly_packed),
+        ("llama, head_dim 96", padded),
         ("qwen2, head_dim 64, biases, tied", qwen2),
         ("qwen2-moe, shared expert", qwen2_moe),
         ("qwen3-moe", qwen3_moe),
@@ -208,6 +212,8 @@ fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
             ("steps of 250 rows", 250),
         ];
         batches.extend(widths.map(|(name, chunk)| Batch { name, prompts: vec![2 * chunk], chunk }));
+        // Together longer than a context may be: more than prefill attention reads at a time.
+        batches.push(Batch { name: "two of 1,700 tokens in chunks", prompts: vec![1700, 1700], chunk: 1024 });
     }
     batches
 }
@@ -239,6 +245,10 @@ fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch]) -> Result<Vec<(
             [false, true].map(|logprobs| run(&mut tuned, batch, spec.vocab_size, Choice::Edited { logprobs }));
         let difference = if on_device?.tokens == on_host?.tokens { 0.0 } else { f32::INFINITY };
         cases.push((format!("{}, edited on the device", batch.name), difference));
+        // Without the prompts' log-probabilities the last layer computes a few rows only.
+        let outputs = run(&mut tuned, batch, spec.vocab_size, Choice::ForcedOutputs(&expected.tokens))?;
+        let difference = expected.without_prompts().difference(&outputs);
+        cases.push((format!("{}, outputs alone", batch.name), difference));
     }
     let difference = hidden_difference(&mut tuned, &mut oracle, spec)?;
     cases.push(("hidden states".into(), difference));

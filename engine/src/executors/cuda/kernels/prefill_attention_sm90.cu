@@ -16,8 +16,8 @@
 // Block: (N_CONSUMERS + 1) * 128 threads. Dynamic shared memory: 1024 + (N_CONSUMERS * 64 + 2 * STAGES * 128)
 // * ROW_BYTES + 256, ROW_BYTES being 128 for HEAD_DIM 64 and 256 for 96 and 128.
 //
-// FlashAttention-3 (Shah et al., 2024): the producer warpgroup brings K and V tiles of 128 tokens
-// (one warp) and q (the other three); each consumer warpgroup owns 64 rows, runs QK^T of the next tile while
+// FlashAttention-3 (Shah et al., 2024): the producer warpgroup brings K and V tiles of 128 tokens (one
+// warp) and q (the other three); each consumer warpgroup owns 64 rows, runs QK^T of the next tile while
 // the tensor cores do PV of this one, and with PINGPONG takes turns at the tensor cores with its
 // neighbour, so that one's softmax runs under the other's products.
 
@@ -178,7 +178,8 @@ __device__ __forceinline__ void issue_pv(float (&o)[D_PADDED / 2], const unsigne
     wgmma_commit();
 }
 
-// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what lies there may be NaN. Called by all of a warpgroup.
+// Writes zeros over the tokens of a V tile from `n_valid` on: their probability is 0, but what lies there may be
+// NaN. Called by all of a warpgroup.
 __device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, int warpgroup) {
     for (int i = n_valid * 8 + thread; i < TILE_N * 8; i += 128)
 #pragma unroll
@@ -223,8 +224,10 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
     if (warpgroup == N_CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGS));
         if (warp == 0) {
+            // One thread alone: others that waited for a stage a little later could find it filled and emptied again, and
+            // wait for ever.
             int stage = 0, phase = 0;
-            for (int round = 0; !done; ++round) {
+            for (int round = 0; lane == 0 && !done; ++round) {
                 if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
                 const int first_row = tile.kv_head * capacity + context_starts[tile.seq];
                 for (int n = tile.n_last; n >= tile.n_first; --n) {
@@ -232,7 +235,6 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                     for (int which = 0; which < 2; ++which) {
                         const unsigned full = BAR((which ? V_FULL : K_FULL) + stage);
                         mbarrier_wait(BAR((which ? V_EMPTY : K_EMPTY) + stage), phase ^ 1);
-                        if (lane > 0) continue;
                         mbarrier_expect(full, KV_TILE_BYTES);
                         const unsigned dst = smem + (which ? V_OFFSET : K_OFFSET) + stage * KV_TILE_BYTES;
 #pragma unroll
@@ -240,7 +242,6 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                             load_box(dst + slab * KV_SLAB_BYTES, which ? &v_map : &k_map, slab * 64,
                                      first_row + n * TILE_N, full);
                     }
-                    __syncwarp();
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
