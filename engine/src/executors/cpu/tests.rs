@@ -93,6 +93,18 @@ fn dummy(spec: &DecoderSpec, dtype: DType) -> DummySource {
 }
 
 #[test]
+fn outputs_do_not_depend_on_whether_prompts_are_scored() {
+    let spec = llama();
+    let mut executor = CpuExecutor::new(&spec, &dummy(&spec, DType::BF16), &config()).expect("loads");
+    for batch in batches() {
+        let scored = run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).expect("runs");
+        let outputs = run(&mut executor, &batch, spec.vocab_size, Choice::ForcedOutputs(&scored.tokens)).expect("runs");
+        assert!(outputs.prompts.iter().all(Vec::is_empty), "{}", batch.name);
+        assert_eq!(scored.without_prompts().difference(&outputs), 0.0, "{}", batch.name);
+    }
+}
+
+#[test]
 fn float_models_agree_with_the_portable_executor() {
     let plain = llama();
     compare("llama bf16", &plain, &dummy(&plain, DType::BF16));
