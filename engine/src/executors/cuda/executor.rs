@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// A step takes longer than this only on a device that hangs.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// Time to poll without sleeping: most steps that are waited for end soon.
 const SPIN: Duration = Duration::from_micros(100);
 
@@ -53,6 +53,7 @@ struct Pending {
     /// Which of [`CudaExecutor::in_flight`].
     index: usize,
     output: SamplingOutput,
+    shape: StepShape,
 }
 
 impl CudaExecutor {
@@ -189,16 +190,16 @@ impl Executor for CudaExecutor {
         self.forward(&step, &shape, bucket)?;
         let output = self.sampling.sample(&self.gpu, &self.setup.forward, &step, index)?;
         self.in_flight[index].done.record(self.gpu.cu_stream())?;
-        self.pending.push_back(Pending { index, output });
+        self.pending.push_back(Pending { index, output, shape });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, Error> {
         self.gpu.bind()?;
-        let Some(Pending { index, output }) = self.pending.pop_front() else {
+        let Some(Pending { index, output, shape }) = self.pending.pop_front() else {
             return Err(Error::Device("collect was called with no step in flight".into()));
         };
-        wait(&self.in_flight[index].done)?;
+        wait(&self.in_flight[index].done, &shape)?;
         Ok(self.sampling.finish(output, index))
     }
 
@@ -218,13 +219,19 @@ impl Executor for CudaExecutor {
     }
 }
 
-/// Waits for `event`, but not for ever.
-pub(super) fn wait(event: &Event) -> Result<(), Error> {
+/// Waits for `event`, the end of a step of `shape`, but not for ever.
+fn wait(event: &Event, shape: &StepShape) -> Result<(), Error> {
     let started = Instant::now();
     while !event.is_done()? {
         let elapsed = started.elapsed();
         if elapsed > TIMEOUT {
-            return Err(Error::Device(format!("the device did not finish a step within {} s", TIMEOUT.as_secs())));
+            return Err(Error::Device(format!(
+                "the device did not finish a step of {} rows, {} of them of decoding sequences with {} tokens of context, within {} s",
+                shape.n_tokens,
+                shape.n_decode,
+                shape.n_decode_context,
+                TIMEOUT.as_secs()
+            )));
         }
         if elapsed > SPIN {
             std::thread::sleep(Duration::from_micros(20));
