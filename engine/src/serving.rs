@@ -285,3 +285,7 @@ impl Serving {
         };
     }
 }
+
+#[cfg(test)]
+#[path = "serving_tests.rs"]
+mod tests;
