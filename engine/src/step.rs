@@ -129,6 +129,11 @@ impl StepInput {
         (seq.query_start + seq.query_len - 1) as usize
     }
 
+    /// Whether the last row of sequence `seq` is sampled.
+    pub fn is_sampled(&self, seq: usize) -> bool {
+        self.samples.binary_search_by_key(&seq, |sample| sample.seq).is_ok()
+    }
+
     /// Pages of `seq`, in token order.
     pub fn pages(&self, seq: &StepSeq) -> &[u32] {
         &self.block_tables[seq.block_table.clone()]

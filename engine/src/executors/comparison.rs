@@ -135,17 +135,15 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
             let block_start = step.block_tables.len();
             step.block_tables.extend(first_page..first_page + end.div_ceil(PAGE_SIZE) as u32);
             let n_prompt = batch.prompts[seq];
-            let mut targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
-            if matches!(choice, Choice::ForcedOutputs(_)) {
-                targets.clear();
-            }
+            let targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
+            let is_scored = !targets.is_empty() && !matches!(choice, Choice::ForcedOutputs(_));
             step.seqs.push(StepSeq {
                 slot: seq as u32,
                 query_start,
                 query_len: n_tokens as u32,
                 context_len: end as u32,
                 block_table: block_start..step.block_tables.len(),
-                prompt_logprobs: (!targets.is_empty()).then_some(PromptLogprobs { n_top: 1, targets }),
+                prompt_logprobs: is_scored.then_some(PromptLogprobs { n_top: 1, targets }),
             });
             done[seq] = end;
             if end == tokens[seq].len() {

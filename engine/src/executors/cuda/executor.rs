@@ -133,7 +133,7 @@ impl CudaExecutor {
             return self.setup.graphs[bucket][Contexts::of(shape.n_blocks) as usize].launch(&self.gpu);
         }
         let forward = &mut self.setup.forward;
-        if step.seqs.iter().all(|seq| seq.prompt_logprobs.is_none()) {
+        if !shape.scores_prompts {
             return forward.sampled_chunks(&self.gpu, shape);
         }
         forward.chunks(&self.gpu, shape)?;
@@ -176,12 +176,7 @@ impl Executor for CudaExecutor {
         self.gpu.bind()?;
         let shape = self.shape(&step);
         self.check_size(&step, &shape)?;
-        let wants_prompt = step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some());
-        let bucket = if shape.is_decode() && !wants_prompt && shape.n_seqs > 0 {
-            bucket_for(&self.setup.buckets, shape.n_seqs)
-        } else {
-            None
-        };
+        let bucket = if shape.is_decode() { bucket_for(&self.setup.buckets, shape.n_seqs) } else { None };
         let index = self.next;
         self.next = 1 - self.next;
         let size = bucket.map(|bucket| self.setup.buckets[bucket]);

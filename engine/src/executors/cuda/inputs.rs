@@ -145,6 +145,8 @@ pub(super) struct StepShape {
     pub(super) groups: Vec<PromptGroup>,
     /// Rows to sample.
     pub(super) n_samples: usize,
+    /// Whether log-probabilities of prompts are wanted.
+    pub(super) scores_prompts: bool,
     /// Longest block table.
     pub(super) n_blocks: usize,
     /// Query heads that share a kv head.
@@ -167,6 +169,7 @@ impl StepShape {
             n_decode,
             groups: PromptGroup::all(step, n_decode, group, max_pages),
             n_samples: step.samples.len(),
+            scores_prompts: step.seqs.iter().any(|seq| seq.prompt_logprobs.is_some()),
             n_blocks: step.seqs.iter().map(|seq| seq.block_table.len()).max().unwrap_or(0),
             group,
             n_decode_context: step.seqs[..n_decode].iter().map(|seq| seq.context_len as usize).sum(),
@@ -180,9 +183,9 @@ impl StepShape {
         2 * self.n_samples <= self.n_tokens
     }
 
-    /// Whether every sequence decodes one token and is sampled: what a CUDA graph runs.
+    /// Whether every sequence decodes one token and is sampled, and nothing else is wanted: what a CUDA graph runs.
     pub(super) fn is_decode(&self) -> bool {
-        self.n_decode == self.n_seqs && self.n_samples == self.n_seqs
+        self.n_seqs > 0 && self.n_decode == self.n_seqs && self.n_samples == self.n_seqs && !self.scores_prompts
     }
 }
 
@@ -200,13 +203,6 @@ pub(super) fn n_tiles(query_len: u32, group: usize) -> usize {
 /// The tile where the last of `query_len` rows begins: its heads may lie in two.
 pub(super) fn last_row_tile(query_len: u32, group: usize) -> usize {
     (query_len as usize - 1) * group / TILE_ROWS
-}
-
-/// Of each sequence, whether its last row is sampled.
-pub(super) fn sampled_seqs(step: &StepInput) -> Vec<bool> {
-    let mut is_sampled = vec![false; step.seqs.len()];
-    step.samples.iter().for_each(|sample| is_sampled[sample.seq] = true);
-    is_sampled
 }
 
 /// The pinned blocks of one step in flight.
@@ -323,7 +319,6 @@ fn pack_block_tables(tables: &mut [i32], step: &StepInput, n_blocks: usize) {
 /// ones; those with rows that are sampled once more to `sampled`. Returns the numbers written to `tiles`.
 fn pack_tiles(tiles: &mut [i32], sampled: &mut [i32], step: &StepInput, shape: &StepShape) -> usize {
     let (mut pairs, mut sampled) = (tiles.chunks_exact_mut(2), sampled.chunks_exact_mut(2));
-    let is_sampled = sampled_seqs(step);
     for group in &shape.groups {
         let mut order = Vec::with_capacity(group.n_tiles);
         for i in group.seqs.clone() {
@@ -338,7 +333,7 @@ fn pack_tiles(tiles: &mut [i32], sampled: &mut [i32], step: &StepInput, shape: &
         for &(_, seq, tile) in &order {
             let pair = [seq as i32, (tile * TILE_ROWS) as i32];
             let is_last = tile >= last_row_tile(step.seqs[seq].query_len, shape.group);
-            let to_sampled = if is_sampled[seq] && is_last { sampled.next() } else { None };
+            let to_sampled = if is_last && step.is_sampled(seq) { sampled.next() } else { None };
             pairs.next().into_iter().chain(to_sampled).for_each(|to| to.copy_from_slice(&pair));
         }
     }

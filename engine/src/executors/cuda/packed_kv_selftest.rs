@@ -12,6 +12,7 @@ use super::{
         Kernel, Launch,
     },
     memory::DeviceBuffer,
+    packed_weights_selftest::random_below,
 };
 use crate::{Error, decoder::DecoderSpec, step::PAGE_SIZE};
 
@@ -43,11 +44,7 @@ pub(super) fn compare(gpu: &Gpu, spec: &DecoderSpec) -> Result<Vec<(String, f32)
 /// q, k and v of every token, bf16: vectors of greatly different sizes, of numbers of greatly different sizes; some of
 /// zeros alone.
 fn numbers(head_dim: usize) -> Vec<u16> {
-    let mut state = 7u64;
-    let mut random = |n: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % n
-    };
+    let mut random = random_below(7);
     let mut numbers = Vec::with_capacity(N_TOKENS * N_HEADS * head_dim);
     for _ in 0..N_TOKENS * N_HEADS {
         let greatest = [0, 1, 12, 60, 120, 127, 140, 200][random(8) as usize];

@@ -41,14 +41,19 @@ pub(super) fn compare(gpu: &Gpu) -> Result<Vec<(String, f32)>, Error> {
     Ok(cases)
 }
 
+/// Random numbers, each below the one that is asked with, the same for a seed.
+pub(super) fn random_below(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed;
+    move |n| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % n
+    }
+}
+
 /// bf16 whose exponents mostly lie within a dozen, another dozen for each row; every `unusual_every`-th row and column
 /// (a few in all if it is large) has a zero, a subnormal, an infinity, a NaN or an exponent far off.
 fn weights(unusual_every: usize) -> Vec<u16> {
-    let mut state = 1u64;
-    let mut random = |n: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % n
-    };
+    let mut random = random_below(1);
     let (n, k) = SIZE;
     let mut weights = Vec::with_capacity(n * k);
     for row in 0..n {

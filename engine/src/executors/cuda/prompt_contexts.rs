@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{
     buffers::StepLimits,
     device::Gpu,
-    inputs::{last_row_tile, n_tiles, sampled_seqs},
+    inputs::{last_row_tile, n_tiles},
     memory::DeviceBuffer,
     tensor_map::TensorMap,
 };
@@ -72,11 +72,10 @@ impl PromptGroup {
     /// heads share a kv head.
     pub(super) fn all(step: &StepInput, first: usize, heads: usize, max_pages: usize) -> Vec<Self> {
         let mut groups: Vec<Self> = Vec::new();
-        let is_sampled = sampled_seqs(step);
         for (i, seq) in step.seqs.iter().enumerate().skip(first) {
             let n_pages = (seq.context_len as usize).div_ceil(PAGE_SIZE);
             let n_tiles = n_tiles(seq.query_len, heads);
-            let n_sampled_tiles = if is_sampled[i] { n_tiles - last_row_tile(seq.query_len, heads) } else { 0 };
+            let n_sampled_tiles = if step.is_sampled(i) { n_tiles - last_row_tile(seq.query_len, heads) } else { 0 };
             match groups.last_mut().filter(|group| group.n_pages + n_pages <= max_pages) {
                 Some(group) => {
                     group.seqs.end = i + 1;

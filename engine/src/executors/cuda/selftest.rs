@@ -171,9 +171,9 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
     };
     // Sizes that are not whole blocks of packed weights.
     let unpacked = DecoderSpec { hidden_size: 264, intermediate_size: 520, ..llama.clone() };
+    let partly_packed = DecoderSpec { intermediate_size: 520, ..llama.clone() };
     // Padded in the KV cache; the query heads of a kv head are two tiles.
     let padded = DecoderSpec { head_dim: 96, n_heads: 12, n_kv_heads: 1, ..llama.clone() };
-    let partly_packed = DecoderSpec { intermediate_size: 520, ..llama.clone() };
     vec![
         ("llama, head_dim 128", llama),
         ("llama, no weight packed", unpacked),

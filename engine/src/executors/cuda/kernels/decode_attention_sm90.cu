@@ -146,7 +146,7 @@ struct Loader {
             const unsigned bar = full + 8 * (i % STAGES);
             mbarrier_expect(bar, KV_BLOCK);
             load_bytes(ring + i % STAGES * KV_BLOCK, in.cache + (size_t)block * KV_BLOCK, KV_BLOCK, bar,
-                       evict_first());
+                       EVICT_FIRST);
         }
     }
 };

@@ -307,8 +307,8 @@ DEVICE void store_token(unsigned char* block, const NewToken& token, int row, in
         const bool is_v = i >= WORDS;
         const int word = i % WORDS;
         const PackedRow& from = is_v ? token.v : token.k;
-        *(uint2*)(block + (is_v ? v_low_at(row, word) : k_low_at(row, word))) = *(const uint2*)&from.low[word * 8];
-        *(u32*)(block + (is_v ? v_upper_at(row, word) : k_upper_at(row, word))) = from.upper[word];
+        *(uint2*)(block + low_at(row, word, is_v)) = *(const uint2*)&from.low[word * 8];
+        *(u32*)(block + upper_at(row, word, is_v)) = from.upper[word];
         if (word == 0) block[scale_at(row, is_v)] = from.scale;
     }
 }

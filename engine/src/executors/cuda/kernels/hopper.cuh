@@ -50,12 +50,9 @@ DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, un
         : "memory");
 }
 
-// For what is read once: it leaves the L2 cache before all else.
-DEVICE u64 evict_first() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
+// Cache policies of createpolicy.fractional: for what passes once (weights, pages) and for what every block reads.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+
 // `n_bytes` in a row, with an L2 policy; addresses and size are multiples of 16.
 DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar, u64 policy) {
     asm volatile(

@@ -49,6 +49,10 @@ DEVICE int v_upper_at(int token, int word) {
 }
 DEVICE int scale_at(int token, bool is_v) { return SCALES + token % 8 * 4 + is_v * 2 + token / 8; }
 
+// Where a word of keys or of values begins.
+DEVICE int low_at(int token, int word, bool is_v) { return is_v ? v_low_at(token, word) : k_low_at(token, word); }
+DEVICE int upper_at(int token, int word, bool is_v) { return is_v ? v_upper_at(token, word) : k_upper_at(token, word); }
+
 // The shift of a vector whose greatest magnitude has these bits.
 DEVICE int shift_of(u32 greatest) { return min(max((int)(greatest >> 7) - TOP_EXPONENT, 0), MAX_SHIFT); }
 DEVICE u32 scale_byte(int shift) { return shift + 127 - BIAS_EXPONENT; }

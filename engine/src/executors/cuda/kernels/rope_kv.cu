@@ -23,8 +23,8 @@ static_assert(HEAD_DIM % 16 == 0 && HALF <= LANES * 8, "a head is LANES pairs of
 
 // Writes a word of a token, already shrunk.
 __device__ __forceinline__ void store_word(unsigned char* block, int token, int word, bool is_v, const u32 (&x)[4]) {
-    *(uint2*)(block + (is_v ? v_low_at(token, word) : k_low_at(token, word))) = low_bytes(x);
-    *(u32*)(block + (is_v ? v_upper_at(token, word) : k_upper_at(token, word))) = upper_bits(x);
+    *(uint2*)(block + low_at(token, word, is_v)) = low_bytes(x);
+    *(u32*)(block + upper_at(token, word, is_v)) = upper_bits(x);
 }
 
 extern "C" __global__ void rope_kv_write(bf16* qkv, const bf16* bias, const float* cos_sin, const int* positions,

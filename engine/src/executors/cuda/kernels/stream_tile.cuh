@@ -26,8 +26,6 @@ constexpr int THREADS = N_CONSUMERS * 128 + (MANY_REGISTERS ? 128 : 32);
 constexpr int GROUP_X = 8;  // tiles of x that blocks at work at one time share
 static_assert(BN % 8 == 0 && BN <= 256, "BN must be a multiple of 8 up to 256");
 static_assert(TILE_ROWS % 16 == 0 && TILE_ROWS <= 256, "TILE_ROWS must be a multiple of 16 up to 256");
-// Cache policies of createpolicy.fractional: weights pass once, activations are read by every block.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
 DEVICE void load_activations(unsigned dst, const TensorMap* map, int k, int row, unsigned bar) {
     asm volatile(

@@ -38,8 +38,8 @@ unpack_kv(const unsigned char* cache, const int* block_tables, int block_table_s
     for (int i = threadIdx.x; i < 2 * PAGE * WORDS; i += THREADS) {
         const bool is_v = i >= PAGE * WORDS;
         const int token = i / WORDS % PAGE, word = i % WORDS;
-        const uint2 low = load_stream_8(block + (is_v ? v_low_at(token, word) : k_low_at(token, word)));
-        const u32 upper = load_stream_4(block + (is_v ? v_upper_at(token, word) : k_upper_at(token, word)));
+        const uint2 low = load_stream_8(block + low_at(token, word, is_v));
+        const u32 upper = load_stream_4(block + upper_at(token, word, is_v));
         const float scale = __uint_as_float((u32)block[scale_at(token, is_v)] << 23);
         u32 x[4];
         unpack_word(x, low.x, low.y, upper);
