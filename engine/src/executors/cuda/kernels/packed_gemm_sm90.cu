@@ -134,7 +134,8 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
         }
         mbarrier_init_fence();
     }
-    // Blocks of a cluster write to each other's shared memory: not before the barriers are there, nor after the end.
+    // Blocks of a cluster write to each other's shared memory: not before the barriers are there, nor after the end, for
+    // which fill_ring waits.
     if constexpr (CLUSTER > 1) cluster_sync();
     else __syncthreads();
     PDL_TRIGGER();
@@ -232,10 +233,6 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
             const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
             store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
         }
-    }
-    if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        cluster_sync();
     }
 }
 

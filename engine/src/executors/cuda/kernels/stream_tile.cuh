@@ -85,6 +85,9 @@ DEVICE void fill_ring(const Share& share, unsigned empty, const Weights& weights
             activations(slot, share.first_k + k, x_row);
         }
     }
+    // The other blocks of a cluster release slots of this one, too: it must not end before they have.
+    if constexpr (CLUSTER > 1)
+        for (int i = 0; i < STAGES; ++i, advance()) mbarrier_wait(empty + 8 * slot, phase);
 }
 
 // first, second: two neighbouring columns of this lane's row. Lanes of even rows keep the first column, those of odd
