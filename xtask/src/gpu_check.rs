@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -17,6 +18,8 @@ use crate::dummy_model::{DummyModel, LLAMA_3_1_8B, QWEN2_0_5B};
 use crate::table;
 
 const READY_LIMIT: Duration = Duration::from_secs(180);
+/// For the driver to write a core dump of the device without its global memory.
+const DUMP_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Args)]
 pub struct GpuCheckArgs {
@@ -35,6 +38,9 @@ pub struct GpuCheckArgs {
     /// Of the speed loads, only those whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     load: String,
+    /// How long the part `soak` takes.
+    #[arg(long, value_name = "MINUTES", default_value_t = 10)]
+    soak_minutes: u64,
     /// More flags for `ember serve`, split at spaces.
     #[arg(long, value_name = "FLAGS", default_value = "", allow_hyphen_values = true)]
     serve_flags: String,
@@ -52,6 +58,8 @@ enum Part {
     Sanitizer,
     /// The loads, over HTTP.
     Speed,
+    /// Long prompts for minutes on one server, with core dumps of the device: for faults that are rare.
+    Soak,
 }
 
 /// One load, closed loop over HTTP, with random prompts and forced output lengths.
@@ -240,6 +248,9 @@ pub fn run(args: &GpuCheckArgs) -> Result<()> {
     if args.only.contains(&Part::Speed) {
         check.speed(&mut outcome)?;
     }
+    if args.only.contains(&Part::Soak) {
+        outcome.add_verdict("soak", check.soak());
+    }
     let text = table::markdown(&["check", "figure", "measured", "bar", "result"], &outcome.rows);
     fs::write(args.out.join("gpu-check.md"), &text)?;
     let results: Vec<_> =
@@ -285,7 +296,7 @@ impl Check<'_> {
 
     fn sanitize(&self, tool: &str) -> Result<()> {
         println!("\n== compute-sanitizer {tool}");
-        let sanitizer = find_sanitizer()?;
+        let sanitizer = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])?;
         let mut command = self.command(&sanitizer);
         command.args(["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]);
         command.arg(self.args.bin_dir.join("ember")).arg("cuda-test");
@@ -310,11 +321,11 @@ impl Check<'_> {
         let dir = model.write(&self.args.out.join("models"))?;
         if model.name == LLAMA_3_1_8B.name {
             // The first start may find no compiled kernels, the second finds those of the first.
-            let server = self.start_server(model, &dir)?;
+            let server = self.start_server(model, self.server_command(model, &dir))?;
             outcome.add("first start", "ready s", Some(server.ready.as_secs_f64()), READY_COLD_S);
             server.stop()?;
         }
-        let mut server = self.start_server(model, &dir)?;
+        let mut server = self.start_server(model, self.server_command(model, &dir))?;
         if model.name == LLAMA_3_1_8B.name {
             outcome.add("next start", "ready s", Some(server.ready.as_secs_f64()), READY_WARM_S);
             outcome.add("memory", "KV tokens", kv_tokens(server.port), KV_TOKENS);
@@ -338,11 +349,59 @@ impl Check<'_> {
         server.stop()
     }
 
-    fn start_server(&self, model: &DummyModel, dir: &Path) -> Result<Server> {
+    /// Loads of long prompts in turns, on one server. The first failure ends it, with the device's core dump, if there is
+    /// one, described beside it.
+    fn soak(&self) -> Result<()> {
+        let model = &LLAMA_3_1_8B;
+        let core = fs::canonicalize(&self.args.out)?.join("device.core");
+        let mut command = self.server_command(model, &model.write(&self.args.out.join("models"))?);
+        command.env("CUDA_ENABLE_COREDUMP_ON_EXCEPTION", "1").env("CUDA_COREDUMP_FILE", &core);
+        command.env("CUDA_COREDUMP_GENERATION_FLAGS", "skip_global_memory,skip_local_memory");
+        let mut server = self.start_server(model, command)?;
+        let started = Instant::now();
+        let is_soaked = |load: &&Load| matches!(load.name, "longalpaca p128" | "longalpaca p16");
+        for load in LOADS.iter().filter(is_soaked).cycle() {
+            if started.elapsed() >= Duration::from_secs(60 * self.args.soak_minutes) {
+                break;
+            }
+            println!("\n== soak, {} s: {}", started.elapsed().as_secs(), load.name);
+            let res = self.run_load(load, server.port).and_then(|_| server.check_alive());
+            self.interrupt.check()?;
+            if let Err(err) = res {
+                let failed = Instant::now();
+                while server.check_alive().is_ok() && failed.elapsed() < DUMP_LIMIT {
+                    sleep(Duration::from_millis(200));
+                }
+                let dump = self.describe(&core).unwrap_or_else(|err| format!("no core dump described: {err:#}"));
+                bail!("after {} s, in {}: {err:#}\n{dump}", started.elapsed().as_secs(), load.name);
+            }
+        }
+        server.stop()
+    }
+
+    /// Where what cuda-gdb says of a device's core dump is written.
+    fn describe(&self, core: &Path) -> Result<String> {
+        let mut command = Command::new(cuda_tool(&["bin/cuda-gdb"])?);
+        command.arg("-batch").arg("-ex").arg(format!("target cudacore {}", core.display()));
+        for what in ["info cuda kernels", "p/x $errorpc", "x/48i $errorpc-0x200", "info registers", "info cuda warps"] {
+            command.args(["-ex", what]);
+        }
+        let text = self.args.out.join("device-core.txt");
+        let file = fs::File::create(&text).with_context(|| format!("cannot create {}", text.display()))?;
+        command.stderr(file.try_clone()?).stdout(file);
+        child::run_ok(&mut command, &self.interrupt, "cuda-gdb")?;
+        Ok(format!("what cuda-gdb says of {}: {}", core.display(), text.display()))
+    }
+
+    fn server_command(&self, model: &DummyModel, dir: &Path) -> Command {
         let mut command = self.command(&self.args.bin_dir.join("ember"));
         command.arg("serve").arg(dir).args(["--served-model-name", model.name, "--device", "cuda"]);
         command.args(["--load-format", "dummy", "--dtype", "bfloat16", "--no-enable-prefix-caching"]);
         command.args(self.args.serve_flags.split_whitespace());
+        command
+    }
+
+    fn start_server(&self, model: &DummyModel, command: Command) -> Result<Server> {
         let log = self.args.out.join(format!("server-{}.log", model.name));
         Server::start(command, &log, READY_LIMIT, &self.interrupt)
     }
@@ -379,14 +438,12 @@ fn kv_tokens(port: u16) -> Option<f64> {
     Some(label("num_gpu_blocks")? * label("block_size")?)
 }
 
-fn find_sanitizer() -> Result<PathBuf> {
+/// The first that exists of `places` in the CUDA toolkit.
+fn cuda_tool(places: &[&str]) -> Result<PathBuf> {
     let cuda = std::env::var_os("CUDA_PATH").map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
-    let places = [cuda.join("bin/compute-sanitizer"), cuda.join("compute-sanitizer/compute-sanitizer")];
-    match places.iter().find(|it| it.is_file()) {
-        Some(path) => Ok(path.clone()),
-        None => {
-            bail!("no compute-sanitizer under {} (set CUDA_PATH, or leave out the part `sanitizer`)", cuda.display())
-        }
+    match places.iter().map(|place| cuda.join(place)).find(|path| path.is_file()) {
+        Some(path) => Ok(path),
+        None => bail!("no {} under {} (set CUDA_PATH)", places[0], cuda.display()),
     }
 }
 
