@@ -354,6 +354,9 @@ impl Check<'_> {
     fn soak(&self) -> Result<()> {
         let model = &LLAMA_3_1_8B;
         let core = fs::canonicalize(&self.args.out)?.join("device.core");
+        if core.exists() {
+            fs::remove_file(&core).with_context(|| format!("cannot remove the old {}", core.display()))?;
+        }
         let mut command = self.server_command(model, &model.write(&self.args.out.join("models"))?);
         command.env("CUDA_ENABLE_COREDUMP_ON_EXCEPTION", "1").env("CUDA_COREDUMP_FILE", &core);
         command.env("CUDA_COREDUMP_GENERATION_FLAGS", "skip_global_memory,skip_local_memory");
