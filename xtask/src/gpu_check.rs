@@ -39,7 +39,7 @@ pub struct GpuCheckArgs {
     #[arg(long, value_name = "TEXT", default_value = "")]
     load: String,
     /// How long the part `soak` takes.
-    #[arg(long, value_name = "MINUTES", default_value_t = 10)]
+    #[arg(long, value_name = "MINUTES", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     soak_minutes: u64,
     /// More flags for `ember serve`, split at spaces.
     #[arg(long, value_name = "FLAGS", default_value = "", allow_hyphen_values = true)]
@@ -71,6 +71,13 @@ struct Load {
     number: u32,
     is_streamed: bool,
     bars: &'static [Bar],
+}
+
+impl Load {
+    /// Whether the part `soak` runs it: long prompts and many sequences.
+    fn is_soaked(&self) -> bool {
+        self.distribution == "longalpaca" && self.parallel > 1
+    }
 }
 
 /// A figure of the result and what it must reach.
@@ -296,7 +303,8 @@ impl Check<'_> {
 
     fn sanitize(&self, tool: &str) -> Result<()> {
         println!("\n== compute-sanitizer {tool}");
-        let sanitizer = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])?;
+        let sanitizer = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
+            .context("leave out the part `sanitizer`, or install it")?;
         let mut command = self.command(&sanitizer);
         command.args(["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]);
         command.arg(self.args.bin_dir.join("ember")).arg("cuda-test");
@@ -362,8 +370,7 @@ impl Check<'_> {
         command.env("CUDA_COREDUMP_GENERATION_FLAGS", "skip_global_memory,skip_local_memory");
         let mut server = self.start_server(model, command)?;
         let started = Instant::now();
-        let is_soaked = |load: &&Load| matches!(load.name, "longalpaca p128" | "longalpaca p16");
-        for load in LOADS.iter().filter(is_soaked).cycle() {
+        for load in LOADS.iter().filter(|load| load.is_soaked()).cycle() {
             if started.elapsed() >= Duration::from_secs(60 * self.args.soak_minutes) {
                 break;
             }
@@ -463,6 +470,13 @@ mod tests {
         assert!(LOADS.iter().all(|it| !it.bars.is_empty() && it.number >= it.parallel));
         let models: BTreeSet<_> = LOADS.iter().map(|it| it.model.name).collect();
         assert_eq!(LOADS.chunk_by(|a, b| a.model.name == b.model.name).count(), models.len());
+    }
+
+    #[test]
+    fn a_soak_has_deep_and_shallow_queues_of_one_model() {
+        let soaked: Vec<_> = LOADS.iter().filter(|it| it.is_soaked()).collect();
+        assert_eq!(soaked.iter().map(|it| it.parallel).collect::<Vec<_>>(), [16, 128]);
+        assert!(soaked.iter().all(|it| it.model.name == LLAMA_3_1_8B.name));
     }
 
     #[test]
