@@ -142,7 +142,7 @@ struct Loader {
         if (i >= n_units) return;
         if (i % 32 == 0) refill(i);
         const int block = __shfl_sync(FULL_WARP, queued, i % 32);
-        if (threadIdx.x % 32 == 0) {
+        if (elect_one()) {
             const unsigned bar = full + 8 * (i % STAGES);
             mbarrier_expect(bar, KV_BLOCK);
             load_bytes(ring + i % STAGES * KV_BLOCK, in.cache + (size_t)block * KV_BLOCK, KV_BLOCK, bar,

@@ -38,6 +38,13 @@ DEVICE void mbarrier_wait(unsigned bar, int parity) {
         "r"(parity)
         : "memory");
 }
+// True in one lane of a warp, all of whose lanes are here. Copies that `lane == 0` asks for stand in a loop over the lanes
+// that might be there, 40 cycles each; of this one ptxas knows that it is alone.
+DEVICE bool elect_one() {
+    int elected;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.b32 %0, 1, 0, one;\n}" : "=r"(elected));
+    return elected;
+}
 DEVICE void named_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 DEVICE void named_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -227,7 +227,7 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
             // One thread alone: others that waited for a stage a little later could find it filled and emptied again, and
             // wait for ever.
             int stage = 0, phase = 0;
-            for (int round = 0; lane == 0 && !done; ++round) {
+            for (int round = 0, alone = elect_one(); alone && !done; ++round) {
                 if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
                 const int first_row = tile.kv_head * capacity + context_starts[tile.seq];
                 for (int n = tile.n_last; n >= tile.n_first; --n) {

@@ -112,7 +112,7 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     PDL_TRIGGER();
 
     if (warp == N_CONSUMERS * 4) {
-        if (lane == 0) {
+        if (elect_one()) {
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, STAGE_BYTES);
