@@ -126,7 +126,8 @@ struct Loader {
     const Inputs& in;
     const Work& work;
     unsigned ring, full;  // of this warp
-    int first_unit, n_units;
+    int first_unit;
+    unsigned n_units;
     int queued;  // numbers of the blocks of 32 units, one a lane
 
     __device__ __forceinline__ void refill(int i) {
@@ -138,7 +139,7 @@ struct Loader {
         queued = number * in.n_kv + row.kv_head();
     }
     // Asks for the page of the i-th unit; for i = 0, 1, 2, ... in turn, by the whole warp.
-    __device__ __forceinline__ void load(int i) {
+    __device__ __forceinline__ void load(unsigned i) {
         if (i >= n_units) return;
         if (i % 32 == 0) refill(i);
         const int block = __shfl_sync(FULL_WARP, queued, i % 32);
@@ -254,7 +255,8 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
     for (int i = threadIdx.x; i <= n_seqs; i += THREADS) starts[i] = unit_starts[i];
     for (int i = threadIdx.x; i <= gridDim.x; i += THREADS) blocks[i] = block_starts[i];
     for (int i = threadIdx.x; i < n_seqs; i += THREADS) lens[i] = context_lens[i];
-    if (threadIdx.x < WARPS * STAGES) mbarrier_init((unsigned)__cvta_generic_to_shared(&state.full[threadIdx.x]), 1);
+    if (elect_one())
+        for (int i = 0; i < STAGES; ++i) mbarrier_init((unsigned)__cvta_generic_to_shared(&state.full[warp * STAGES + i]), 1);
     mbarrier_init_fence();
     __syncthreads();
     const Work work = {starts, blocks, lens, n_seqs, n_kv * HEAD_TILES, blocks[blockIdx.x], blocks[blockIdx.x + 1]};
@@ -262,7 +264,7 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
     if (work.first >= work.end) return;
 
     const int first_unit = work.first + warp;
-    const int n_units = max(0, (work.end - first_unit + WARPS - 1) / WARPS);
+    const unsigned n_units = max(0, (work.end - first_unit + WARPS - 1) / WARPS);
     Loader loader = {in, work, (unsigned)__cvta_generic_to_shared(ring + warp * STAGES * KV_BLOCK),
                      (unsigned)__cvta_generic_to_shared(&state.full[warp * STAGES]), first_unit, n_units, 0};
 #pragma unroll
@@ -274,7 +276,7 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
     const Row last(work, work.end - 1);
     const int last_row = last.seq * work.n_tiles + last.tile;
     Row row(work, work.first);
-    int unit = 0;
+    unsigned unit = 0;
     for (int row_index = row.seq * work.n_tiles + row.tile; row_index <= last_row; row_index += ROWS) {
         const int n_rows = min(ROWS, last_row - row_index + 1);
         rotate_rows(state, in, work, row_index, n_rows);
@@ -290,11 +292,12 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
             load_query(q, lane_group() < row.n_heads() ? state.q[r][lane_group()] : nullptr);
             Softmax softmax;
             softmax.reset();
-            const int end = min(work.end, row.end_unit()), before = unit;
-            for (; first_unit + unit * WARPS < end; ++unit) {
-                const int page_index = first_token / PAGE + first_unit + unit * WARPS - row.first_unit;
-                const bool newest = first_unit + unit * WARPS == row.end_unit() - 1;
-                const int stage = unit % STAGES;
+            const int end = min(work.end, row.end_unit());
+            const unsigned before = unit;
+            for (; first_unit + (int)unit * WARPS < end; ++unit) {
+                const int page_index = first_token / PAGE + first_unit + (int)unit * WARPS - row.first_unit;
+                const bool newest = first_unit + (int)unit * WARPS == row.end_unit() - 1;
+                const unsigned stage = unit % STAGES;
                 mbarrier_wait(loader.full + 8 * stage, unit / STAGES % 2);
                 const SharedBlock block = {ring + (warp * STAGES + stage) * KV_BLOCK};
                 Page page;
