@@ -15,7 +15,7 @@ use super::{
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     inputs::{Layout, StepShape, TokenSections},
     kernel::{
-        Arg::{self, Float, Int, Long, Map, Ptr},
+        Arg::{self, Float, Int, Long, Ptr},
         Launch,
     },
     load::{LayerWeights, Weights},
@@ -532,7 +532,7 @@ impl Forward {
         let b = &self.buffers;
         let (qkv, out) = (Ptr(b.qkv.ptr()), Ptr(b.attn_out.ptr()));
         let mut args = match &self.contexts.maps {
-            Some((k, v)) => vec![Map(k), Map(v), qkv, out],
+            Some(maps) => vec![Ptr(maps.keys), Ptr(maps.values), qkv, out],
             None => vec![qkv, Ptr(self.contexts.keys.ptr()), Ptr(self.contexts.values.ptr()), out],
         };
         args.extend([

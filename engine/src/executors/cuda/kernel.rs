@@ -7,7 +7,7 @@ use std::{
 
 use cudarc::driver::sys;
 
-use super::{status::Check, tensor_map::TensorMap};
+use super::status::Check;
 use crate::Error;
 
 /// Loaded machine code, unloaded when the last [`Kernel`] of it is dropped.
@@ -47,8 +47,6 @@ pub(super) enum Arg {
     Float(f32),
     /// `unsigned long long`.
     Long(u64),
-    /// A tensor map, by value; it must outlive the launch call.
-    Map(*const TensorMap),
 }
 
 /// How many threads, and how they start.
@@ -108,8 +106,6 @@ impl Kernel {
                 Arg::Ptr(v) | Arg::Long(v) => std::ptr::from_ref(v).cast_mut().cast(),
                 Arg::Int(v) => std::ptr::from_ref(v).cast_mut().cast(),
                 Arg::Float(v) => std::ptr::from_ref(v).cast_mut().cast(),
-                // SAFETY: the caller keeps the map alive during the call.
-                Arg::Map(map) => unsafe { (**map).as_param() },
             };
         }
         // SAFETY: all zeros is a valid attribute; its value is set below.

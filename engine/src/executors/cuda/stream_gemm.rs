@@ -12,7 +12,7 @@ use super::{
     memory::DeviceBuffer,
     packed_weights::{BLOCK_BYTES, BLOCK_ROWS, MatrixAt},
     product::Product,
-    tensor_map::TensorMap,
+    tensor_map::{DeviceMaps, TensorMap},
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -26,6 +26,8 @@ const MAX_LOGITS_ROWS: usize = 64;
 /// Most rows for which K of a product of packed weights is cut. More are a prompt's: they are taken in tiles, whose sums
 /// are added to the residual stream at once.
 const MAX_PACKED_ROWS: usize = 256;
+/// Most numbers of rows that one matrix's tiles have.
+const MAX_TILE_SIZES: usize = 8;
 /// Most parts of K.
 const MAX_SPLIT: usize = 4;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
@@ -240,17 +242,17 @@ fn prompt_tile(n: usize, n_out: usize, n_sms: usize) -> (usize, usize) {
     fastest.expect("there are tiles").0
 }
 
-/// Maps of the activations for one of [`COLUMNS`].
+/// Addresses of the maps of the activations for one of [`COLUMNS`].
 struct ActivationMaps {
-    h: TensorMap,
-    attn_out: TensorMap,
-    act: TensorMap,
+    h: u64,
+    attn_out: u64,
+    act: u64,
 }
 
 /// How the kernels find one product's weights.
 struct WeightMaps {
-    /// By the rows of a tile.
-    maps: BTreeMap<usize, TensorMap>,
+    /// Addresses of its maps, by the rows of a tile.
+    maps: BTreeMap<usize, u64>,
     /// Address of a packed matrix's extras.
     extras: Option<u64>,
 }
@@ -263,6 +265,8 @@ pub(super) struct StreamGemm {
     /// Of each layer, in the order of [`Product::LAYER`].
     layers: Vec<[WeightMaps; 4]>,
     lm_head: WeightMaps,
+    /// What the addresses are of.
+    _maps: DeviceMaps,
     spec: DecoderSpec,
     n_sms: usize,
 }
@@ -278,9 +282,12 @@ impl StreamGemm {
     ) -> Result<Self, Error> {
         gpu.bind()?;
         let n_rows = buffers.h.n_bytes() / (2 * spec.hidden_size);
+        let n_matrices = spec.n_layers * Product::LAYER.len() + 1;
+        let mut device_maps = DeviceMaps::new(gpu, COLUMNS.len() * 3 + n_matrices * MAX_TILE_SIZES)?;
         let activations = COLUMNS.map(|columns| {
-            let map = |x: &DeviceBuffer, product: Product| {
-                TensorMap::of_activations(x.ptr(), n_rows, product.size(spec).1, columns)
+            let mut map = |x: &DeviceBuffer, product: Product| {
+                let map = TensorMap::of_activations(x.ptr(), n_rows, product.size(spec).1, columns)?;
+                Ok(device_maps.add(map))
             };
             Ok(ActivationMaps {
                 h: map(&buffers.h, Product::Qkv)?,
@@ -298,7 +305,8 @@ impl StreamGemm {
                 (MatrixAt::Raw(w), _) => TensorMap::of_weights(w, size, rows),
             };
             let tile_rows: BTreeSet<usize> = shapes.iter().map(|shape| shape.tile_rows).collect();
-            let maps = tile_rows.into_iter().map(|rows| Ok((rows, map(rows)?))).collect::<Result<_, Error>>()?;
+            let maps = tile_rows.into_iter().map(|rows| Ok((rows, device_maps.add(map(rows)?))));
+            let maps = maps.collect::<Result<_, Error>>()?;
             kernels.add(gpu, shapes.into_iter())?;
             let extras = match at {
                 MatrixAt::Packed { extras, .. } => Some(extras),
@@ -312,11 +320,13 @@ impl StreamGemm {
             layers.push([qkv?, o?, gate_up?, down?]);
         }
         let lm_head = maps_of(Product::Logits, 0)?;
+        device_maps.upload(gpu)?;
         Ok(Self {
             kernels,
             activations: activations.into_iter().collect::<Result<_, Error>>()?,
             layers,
             lm_head,
+            _maps: device_maps,
             spec: spec.clone(),
             n_sms: gpu.n_sms as usize,
         })
@@ -362,13 +372,13 @@ impl StreamGemm {
         let x = COLUMNS.iter().position(|&columns| columns == shape.columns / cluster).ok_or_else(missing)?;
         let x = &self.activations[x];
         let x = match product {
-            Product::Qkv | Product::GateUp | Product::Logits => &x.h,
-            Product::O => &x.attn_out,
-            Product::Down => &x.act,
+            Product::Qkv | Product::GateUp | Product::Logits => x.h,
+            Product::O => x.attn_out,
+            Product::Down => x.act,
         };
         let weights = self.weights((product, layer));
         let kernel = self.kernels.kernels.get(&shape).ok_or_else(missing)?;
-        let w = weights.maps.get(&shape.tile_rows).ok_or_else(missing)?;
+        let &w = weights.maps.get(&shape.tile_rows).ok_or_else(missing)?;
         let (n_tiles, k_blocks) = (n_out.div_ceil(shape.tile_rows), k.div_ceil(64));
         let split = match product {
             Product::O | Product::Down if shape.output == Shape::F32 => {
@@ -386,11 +396,12 @@ impl StreamGemm {
         let sizes = [n_out, n, k_blocks].map(|size| Arg::Int(size as i32));
         match weights.extras {
             Some(extras) => {
-                let args = [Arg::Map(w), Arg::Ptr(extras), Arg::Map(x), Arg::Ptr(out), sizes[0], sizes[1], sizes[2]];
+                let [w, extras, x, out] = [w, extras, x, out].map(Arg::Ptr);
+                let args = [w, extras, x, out, sizes[0], sizes[1], sizes[2]];
                 kernel.launch(gpu.cu_stream(), launch, &args)?;
             }
             None => {
-                let args = [Arg::Map(w), Arg::Map(x), Arg::Ptr(out), sizes[0], sizes[1], sizes[2]];
+                let args = [Arg::Ptr(w), Arg::Ptr(x), Arg::Ptr(out), sizes[0], sizes[1], sizes[2]];
                 kernel.launch(gpu.cu_stream(), launch, &args)?;
             }
         }

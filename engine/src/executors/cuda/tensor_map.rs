@@ -1,9 +1,11 @@
 //! [`TensorMap`]: how Hopper's copy engine sees a matrix: boxes of 64 bf16 columns, swizzled by 128 bytes, zeros past
-//! its ends.
+//! its ends. [`DeviceMaps`]: such maps where the engine reads them.
 
 use cudarc::driver::sys;
 
 use super::{
+    device::Gpu,
+    memory::DeviceBuffer,
     packed_weights::{BLOCK_BYTES, BLOCK_COLUMNS, BLOCK_ROWS},
     status::Check,
 };
@@ -15,7 +17,36 @@ const BOX_COLUMNS: u32 = 64;
 /// Misses bring 256 bytes to the L2 cache: 3 to 4 % faster than 128 for weights that stream (docs/log.md).
 const WHOLE_LINES: sys::CUtensorMapL2promotion = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
 
-/// A tensor map, passed to kernels by value.
+/// Bytes of a tensor map.
+const MAP_BYTES: usize = size_of::<sys::CUtensorMap>();
+
+/// Tensor maps in device memory. None changes once it is there, as parameters of kernels do from launch to launch.
+pub(super) struct DeviceMaps {
+    memory: DeviceBuffer,
+    maps: Vec<TensorMap>,
+}
+
+impl DeviceMaps {
+    /// Room for `capacity` maps.
+    pub(super) fn new(gpu: &Gpu, capacity: usize) -> Result<Self, Error> {
+        let memory = DeviceBuffer::zeroed(gpu, capacity * MAP_BYTES, "tensor maps")?;
+        Ok(Self { memory, maps: Vec::with_capacity(capacity) })
+    }
+
+    /// Adds `map`. Returns its address on the device, where it is once [`Self::upload`] has run.
+    pub(super) fn add(&mut self, map: TensorMap) -> u64 {
+        self.maps.push(map);
+        self.memory.ptr() + ((self.maps.len() - 1) * MAP_BYTES) as u64
+    }
+
+    /// Copies all maps to the device, and waits.
+    pub(super) fn upload(&self, gpu: &Gpu) -> Result<(), Error> {
+        let words: Vec<u64> = self.maps.iter().flat_map(|map| map.0.opaque).collect();
+        self.memory.write(gpu, 0, &words)
+    }
+}
+
+/// A tensor map.
 pub(super) struct TensorMap(sys::CUtensorMap);
 
 // SAFETY: a description, never changed; the memory it names is the device's.
@@ -65,11 +96,6 @@ impl TensorMap {
             swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
         layout.encode(address)
-    }
-
-    /// Where the map lies, for a launch's list of parameters.
-    pub(super) fn as_param(&self) -> *mut std::ffi::c_void {
-        std::ptr::from_ref(&self.0).cast_mut().cast()
     }
 }
 

@@ -117,8 +117,8 @@ DEVICE void load_shared_activations(u32 dst, const TensorMap* map, int k, int ro
 }
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
-packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras, const __grid_constant__ TensorMap x_map,
-            void* out, int n_out, int n_rows, int k_blocks) {
+packed_gemm(const TensorMap* w_map, const unsigned char* extras, const TensorMap* x_map, void* out, int n_out, int n_rows,
+            int k_blocks) {
     extern __shared__ unsigned char smem_raw[];
     const u32 ring = ((u32)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
     const u32 w_ring = ring + STAGES * X_BYTES;
@@ -143,15 +143,17 @@ packed_gemm(const __grid_constant__ TensorMap w_map, const unsigned char* extras
     if (warp >= N_CONSUMERS * 4) {
         if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
         if (warp == N_CONSUMERS * 4 && elect_one()) {
+            acquire_map(w_map);
+            acquire_map(x_map);
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);
-                load_blocks(w_ring + slot * W_BYTES, &w_map, k, row, full + 8 * slot, policy);
+                load_blocks(w_ring + slot * W_BYTES, w_map, k, row, full + 8 * slot, policy);
             };
             const auto activations = [&](int slot, int k, int row) {
                 const u32 to = ring + slot * X_BYTES, bar = full + 8 * slot;
-                if constexpr (CLUSTER > 1) load_shared_activations(to, &x_map, k * 64, row, bar);
-                else load_activations(to, &x_map, k * 64, row, bar);
+                if constexpr (CLUSTER > 1) load_shared_activations(to, x_map, k * 64, row, bar);
+                else load_activations(to, x_map, k * 64, row, bar);
             };
             fill_ring<STAGES>(share, empty, weights, activations);
         }

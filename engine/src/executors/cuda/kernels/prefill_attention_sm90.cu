@@ -191,7 +191,7 @@ __device__ __forceinline__ void clear_tail(unsigned v, int n_valid, int thread, 
 }
 
 extern "C" __global__ void __launch_bounds__((N_CONSUMERS + 1) * 128, 1)
-prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+prefill_attention_sm90(const TensorMap* k_map, const TensorMap* v_map,
                        const bf16* __restrict__ qkv, bf16* __restrict__ out,
                        const int* __restrict__ cu_seqlens_q, const int* __restrict__ context_lens,
                        const int* __restrict__ context_starts, int capacity, const int2* __restrict__ tiles,
@@ -227,7 +227,9 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
             // One thread alone: others that waited for a stage a little later could find it filled and emptied again, and
             // wait for ever.
             int stage = 0, phase = 0;
-            for (int round = 0, alone = elect_one(); alone && !done; ++round) {
+            const bool alone = elect_one();
+            if (alone) acquire_map(k_map), acquire_map(v_map);
+            for (int round = 0; alone && !done; ++round) {
                 if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
                 const int first_row = tile.kv_head * capacity + context_starts[tile.seq];
                 for (int n = tile.n_last; n >= tile.n_first; --n) {
@@ -239,7 +241,7 @@ prefill_attention_sm90(const __grid_constant__ TensorMap k_map, const __grid_con
                         const unsigned dst = smem + (which ? V_OFFSET : K_OFFSET) + stage * KV_TILE_BYTES;
 #pragma unroll
                         for (int slab = 0; slab < SLABS; ++slab)
-                            load_box(dst + slab * KV_SLAB_BYTES, which ? &v_map : &k_map, slab * 64,
+                            load_box(dst + slab * KV_SLAB_BYTES, which ? v_map : k_map, slab * 64,
                                      first_row + n * TILE_N, full);
                     }
                     if (++stage == STAGES) stage = 0, phase ^= 1;

@@ -93,8 +93,7 @@ DEVICE void load_weights(unsigned dst, const TensorMap* map, int k, int row, uns
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, void* out, int n_out,
-            int n_rows, int k_blocks) {
+stream_gemm(const TensorMap* w_map, const TensorMap* x_map, void* out, int n_out, int n_rows, int k_blocks) {
     extern __shared__ unsigned char smem_raw[];
     const unsigned ring = ((unsigned)__cvta_generic_to_shared(smem_raw) + 1023) & ~1023u;
     const unsigned full = ring + BARRIER_OFFSET, empty = full + 8 * STAGES;
@@ -113,13 +112,15 @@ stream_gemm(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
 
     if (warp == N_CONSUMERS * 4) {
         if (elect_one()) {
+            acquire_map(w_map);
+            acquire_map(x_map);
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, STAGE_BYTES);
-                load_weights(ring + slot * STAGE_BYTES, &w_map, k * 64, row, full + 8 * slot, policy);
+                load_weights(ring + slot * STAGE_BYTES, w_map, k * 64, row, full + 8 * slot, policy);
             };
             const auto activations = [&](int slot, int k, int row) {
-                load_activations(ring + slot * STAGE_BYTES + W_BYTES, &x_map, k * 64, row, full + 8 * slot);
+                load_activations(ring + slot * STAGE_BYTES + W_BYTES, x_map, k * 64, row, full + 8 * slot);
             };
             fill_ring<STAGES>(share, empty, weights, activations);
         }
