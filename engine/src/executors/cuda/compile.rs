@@ -31,6 +31,7 @@ macro_rules! sources {
 }
 
 sources! {
+    ACQUIRE_MAPS_SM90 = "acquire_maps_sm90";
     EMBED = "embed";
     RMSNORM = "rmsnorm";
     GATHER_ROWS = "gather_rows";

@@ -4,7 +4,9 @@
 use cudarc::driver::sys;
 
 use super::{
+    compile::{self, Variant},
     device::Gpu,
+    kernel::{Arg, Kernel, Launch},
     memory::DeviceBuffer,
     packed_weights::{BLOCK_BYTES, BLOCK_COLUMNS, BLOCK_ROWS},
     status::Check,
@@ -39,10 +41,17 @@ impl DeviceMaps {
         self.memory.ptr() + ((self.maps.len() - 1) * MAP_BYTES) as u64
     }
 
-    /// Copies all maps to the device, and waits.
+    /// Copies all maps to the device and has every multiprocessor know them (`kernels/acquire_maps_sm90.cu`), and waits.
     pub(super) fn upload(&self, gpu: &Gpu) -> Result<(), Error> {
         let words: Vec<u64> = self.maps.iter().flat_map(|map| map.0.opaque).collect();
-        self.memory.write(gpu, 0, &words)
+        self.memory.write(gpu, 0, &words)?;
+        let cubins = compile::compile(&[Variant::new(&compile::ACQUIRE_MAPS_SM90, &[])], &gpu.arch())?;
+        gpu.bind()?;
+        let [acquire_maps] = Kernel::load(&cubins[0], ["acquire_maps"])?;
+        acquire_maps.allow_shared(gpu.max_shared)?;
+        let launch = Launch { grid: [gpu.n_sms, 1, 1], block: 32, shared_bytes: gpu.max_shared, dependent: false };
+        acquire_maps.launch(gpu.cu_stream(), launch, &[Arg::Ptr(self.memory.ptr()), Arg::Int(self.maps.len() as i32)])?;
+        gpu.synchronize()
     }
 }
 

@@ -49,11 +49,6 @@ DEVICE void named_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id
 DEVICE void named_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Before a block's first copy by a map in global memory, which the host wrote.
-DEVICE void acquire_map(const TensorMap* map) {
-    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
-}
-
 DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, unsigned bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(

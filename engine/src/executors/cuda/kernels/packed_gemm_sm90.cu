@@ -143,8 +143,6 @@ packed_gemm(const TensorMap* w_map, const unsigned char* extras, const TensorMap
     if (warp >= N_CONSUMERS * 4) {
         if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
         if (warp == N_CONSUMERS * 4 && elect_one()) {
-            acquire_map(w_map);
-            acquire_map(x_map);
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);

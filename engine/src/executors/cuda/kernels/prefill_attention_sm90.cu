@@ -228,7 +228,6 @@ prefill_attention_sm90(const TensorMap* k_map, const TensorMap* v_map,
             // wait for ever.
             int stage = 0, phase = 0;
             const bool alone = elect_one();
-            if (alone) acquire_map(k_map), acquire_map(v_map);
             for (int round = 0; alone && !done; ++round) {
                 if (!tile.read(round, tiles, n_tiles, n_kv, cu_seqlens_q, context_lens, window, done)) continue;
                 const int first_row = tile.kv_head * capacity + context_starts[tile.seq];

@@ -112,8 +112,6 @@ stream_gemm(const TensorMap* w_map, const TensorMap* x_map, void* out, int n_out
 
     if (warp == N_CONSUMERS * 4) {
         if (elect_one()) {
-            acquire_map(w_map);
-            acquire_map(x_map);
             const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, STAGE_BYTES);
