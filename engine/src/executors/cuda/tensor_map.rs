@@ -50,7 +50,8 @@ impl DeviceMaps {
         let [acquire_maps] = Kernel::load(&cubins[0], ["acquire_maps"])?;
         acquire_maps.allow_shared(gpu.max_shared)?;
         let launch = Launch { grid: [gpu.n_sms, 1, 1], block: 32, shared_bytes: gpu.max_shared, dependent: false };
-        acquire_maps.launch(gpu.cu_stream(), launch, &[Arg::Ptr(self.memory.ptr()), Arg::Int(self.maps.len() as i32)])?;
+        let args = [Arg::Ptr(self.memory.ptr()), Arg::Int(self.maps.len() as i32)];
+        acquire_maps.launch(gpu.cu_stream(), launch, &args)?;
         gpu.synchronize()
     }
 }
