@@ -12,6 +12,9 @@ pub struct CudaTestArgs {
     /// Index of the device, after CUDA_VISIBLE_DEVICES.
     #[arg(long, default_value_t = 0)]
     device: usize,
+    /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing: under a sanitizer, for example.
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
 }
 
 /// Runs the self-test and prints its report; fails if a kernel is wrong.
@@ -22,7 +25,8 @@ pub struct CudaTestArgs {
 pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
     use ember_engine::executors::cuda::{Extent, self_test};
 
-    let report = self_test(args.device, Extent::Full)?;
+    let extent = args.only.clone().map_or(Extent::Full, Extent::Only);
+    let report = self_test(args.device, &extent)?;
     println!("{report}");
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

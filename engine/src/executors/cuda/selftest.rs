@@ -34,13 +34,34 @@ use crate::{
 const TOLERANCE: f32 = 0.04;
 
 /// How much [`self_test`] runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Extent {
     /// One model and the batches that take the most kernels: a second or two once the kernels are compiled.
     Quick,
     /// All.
     Full,
+    /// Models' batches (`MODEL: BATCH`) and groups of cases whose names contain this, without the measurements: what a
+    /// sanitizer has time for, or can follow.
+    Only(String),
 }
+
+impl Extent {
+    /// Whether a case, or any case of a group, is run.
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Quick | Self::Full => true,
+            Self::Only(part) => name.contains(part.as_str()),
+        }
+    }
+}
+
+/// Further cases of [`Extent::Full`], by what all of their names begin with.
+type Group = fn(&Gpu, &DecoderSpec) -> Result<Vec<(String, f32)>, Error>;
+const GROUPS: [(&str, Group); 3] = [
+    ("experts, ", experts_selftest::compare),
+    ("packed KV cache, ", packed_kv_selftest::compare),
+    ("packed weights: ", |gpu, _| packed_weights_selftest::compare(gpu)),
+];
 
 /// What [`self_test`] found.
 #[derive(Debug, Clone)]
@@ -51,12 +72,19 @@ pub struct SelfTestReport {
     pub cases: Vec<(String, f32)>,
     /// The difference that is allowed.
     pub tolerance: f32,
+    /// How fast the device is; not of [`Extent::Only`].
+    pub rates: Option<Rates>,
+    /// Time for all of it.
+    pub seconds: f32,
+}
+
+/// How fast a device is.
+#[derive(Debug, Clone, Copy)]
+pub struct Rates {
     /// Copies within the device, bytes read and written, in GB/s.
     pub copy_gb_per_s: f32,
     /// bfloat16 products of 8192 x 8192 matrices, in TFLOP/s.
     pub matmul_tflop_per_s: f32,
-    /// Time for all of it.
-    pub seconds: f32,
 }
 
 impl SelfTestReport {
@@ -73,8 +101,10 @@ impl fmt::Display for SelfTestReport {
             let verdict = if *difference <= self.tolerance { "ok" } else { "FAILED" };
             writeln!(f, "  {name:<40} difference {difference:.4} (at most {}) {verdict}", self.tolerance)?;
         }
-        writeln!(f, "  copy within the device {:.0} GB/s", self.copy_gb_per_s)?;
-        writeln!(f, "  bfloat16 matrix product {:.0} TFLOP/s", self.matmul_tflop_per_s)?;
+        if let Some(rates) = self.rates {
+            writeln!(f, "  copy within the device {:.0} GB/s", rates.copy_gb_per_s)?;
+            writeln!(f, "  bfloat16 matrix product {:.0} TFLOP/s", rates.matmul_tflop_per_s)?;
+        }
         write!(f, "  {:.1} s in all", self.seconds)
     }
 }
@@ -82,33 +112,38 @@ impl fmt::Display for SelfTestReport {
 /// Tests CUDA device `device`.
 ///
 /// # Errors
-/// [`Error::Device`] if a library is missing, a kernel does not compile or a call fails. Wrong results are no error
-/// but in the report.
-pub fn self_test(device: usize, extent: Extent) -> Result<SelfTestReport, Error> {
+/// [`Error::Device`] if a library is missing, a kernel does not compile or a call fails; [`Error::Config`] if there is
+/// nothing of [`Extent::Only`]. Wrong results are no error but in the report.
+pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error> {
     let started = Instant::now();
+    let models = models();
     let mut cases = Vec::new();
-    let is_quick = extent == Extent::Quick;
-    for (i, (name, spec)) in models().into_iter().take(if is_quick { 1 } else { usize::MAX }).enumerate() {
-        let batches = batches(extent, i == 0);
-        for (case, difference) in compare(&spec, device, &batches)? {
+    let n_models = if *extent == Extent::Quick { 1 } else { models.len() };
+    for (i, (name, spec)) in models[..n_models].iter().enumerate() {
+        let batches = batches(extent, name, i == 0);
+        if batches.is_empty() {
+            continue;
+        }
+        for (case, difference) in compare(spec, device, &batches)? {
             cases.push((format!("{name}: {case}"), difference));
         }
     }
     let gpu = Gpu::open(device)?;
-    if !is_quick {
-        cases.extend(experts_selftest::compare(&gpu, &models()[0].1)?);
-        cases.extend(packed_kv_selftest::compare(&gpu, &models()[0].1)?);
-        cases.extend(packed_weights_selftest::compare(&gpu)?);
+    if *extent != Extent::Quick {
+        for (name, compare) in GROUPS {
+            if extent.has(name) {
+                cases.extend(compare(&gpu, &models[0].1)?);
+            }
+        }
     }
-    let (copy_gb_per_s, matmul_tflop_per_s) = measure(&gpu)?;
-    Ok(SelfTestReport {
-        device: gpu.name.clone(),
-        cases,
-        tolerance: TOLERANCE,
-        copy_gb_per_s,
-        matmul_tflop_per_s,
-        seconds: started.elapsed().as_secs_f32(),
-    })
+    if cases.is_empty() {
+        let names: Vec<String> = models.iter().map(|(name, _)| format!("{name:?}")).collect();
+        let message = format!("no case has that in its name; models are {}", names.join(", "));
+        return Err(Error::config("--only", message));
+    }
+    let rates = if matches!(extent, Extent::Only(_)) { None } else { Some(measure(&gpu)?) };
+    let seconds = started.elapsed().as_secs_f32();
+    Ok(SelfTestReport { device: gpu.name.clone(), cases, tolerance: TOLERANCE, rates, seconds })
 }
 
 /// Tiny models that take every branch of the kernels.
@@ -186,7 +221,7 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
 }
 
 /// The batches that a model runs; the first one also runs steps of every width that products have kernels for.
-fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
+fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
     let mut batches = vec![
         Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
         Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 512 },
@@ -195,7 +230,7 @@ fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
         Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
         Batch { name: "sixteen, to 1,390 tokens", prompts: (0..16).map(|i| 40 + 90 * i).collect(), chunk: 1024 },
     ];
-    if extent == Extent::Quick {
+    if *extent == Extent::Quick {
         batches.drain(..2);
         batches.truncate(1);
     } else if is_first {
@@ -215,6 +250,7 @@ fn batches(extent: Extent, is_first: bool) -> Vec<Batch> {
         // Together longer than a context may be: more than prefill attention reads at a time.
         batches.push(Batch { name: "two of 1,700 tokens in chunks", prompts: vec![1700, 1700], chunk: 1024 });
     }
+    batches.retain(|batch| extent.has(&format!("{model}: {}", batch.name)));
     batches
 }
 
@@ -270,8 +306,7 @@ fn hidden_difference(tuned: &mut dyn Executor, oracle: &mut dyn Executor, spec: 
     Ok((error / squares(&mut want.iter().copied())).sqrt())
 }
 
-/// Copy bandwidth in GB/s and matrix product rate in TFLOP/s.
-fn measure(gpu: &Gpu) -> Result<(f32, f32), Error> {
+fn measure(gpu: &Gpu) -> Result<Rates, Error> {
     const N: usize = 8192;
     const N_BYTES: usize = N * N * 2;
     const N_RUNS: usize = 20;
@@ -297,7 +332,7 @@ fn measure(gpu: &Gpu) -> Result<(f32, f32), Error> {
     let operands = Operands { x: x.ptr(), w: w.ptr(), y: y.ptr() };
     let product = time(&mut || gemm.run(gpu, shape, operands))?;
     let flop = 2.0 * (N as f32).powi(3);
-    Ok((2.0 * N_BYTES as f32 / copy / 1e9, flop / product / 1e12))
+    Ok(Rates { copy_gb_per_s: 2.0 * N_BYTES as f32 / copy / 1e9, matmul_tflop_per_s: flop / product / 1e12 })
 }
 
 #[cfg(test)]
@@ -307,11 +342,22 @@ mod tests {
 
     #[test]
     fn steps_of_every_width_are_run() {
-        let chunks: Vec<usize> = batches(Extent::Full, true).iter().map(|batch| batch.chunk).collect();
+        let chunks: Vec<usize> = batches(&Extent::Full, "llama", true).iter().map(|batch| batch.chunk).collect();
         // Decoding sequences make the narrower ones.
         for width in COLUMNS.windows(2).filter(|width| width[0] >= 32) {
             let is_run = chunks.iter().any(|chunk| (width[0] + 1..=width[1]).contains(chunk));
             assert!(is_run, "no batch has steps of {} to {} rows", width[0] + 1, width[1]);
         }
+    }
+
+    #[test]
+    fn cases_are_chosen_by_their_names() {
+        let names = |only: &str, model| -> Vec<_> {
+            batches(&Extent::Only(only.into()), model, false).iter().map(|batch| batch.name).collect()
+        };
+        assert_eq!(names("llama: five in", "llama"), ["five in chunks"]);
+        assert_eq!(names("twe", "llama"), ["twelve", "twenty"]);
+        assert_eq!(names("llama", "llama").len(), batches(&Extent::Full, "llama", false).len());
+        assert!(names("llama", "qwen2").is_empty());
     }
 }

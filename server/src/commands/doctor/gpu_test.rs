@@ -7,7 +7,7 @@ use super::Finding;
 pub fn findings(device: usize) -> Vec<Finding> {
     use ember_engine::executors::cuda::{Extent, self_test};
 
-    let report = match self_test(device, Extent::Quick) {
+    let report = match self_test(device, &Extent::Quick) {
         Ok(report) => report,
         Err(e) => return vec![Finding::missing("self-test", "failed", e.to_string())],
     };
@@ -22,11 +22,13 @@ pub fn findings(device: usize) -> Vec<Finding> {
         true => Finding::found("self-test", found),
         false => Finding::missing("self-test", found, "run `ember cuda-test` and report what it prints"),
     };
-    vec![
-        test,
-        Finding::found("memory bandwidth", format!("{:.0} GB/s, copies within the device", report.copy_gb_per_s)),
-        Finding::found("bfloat16 products", format!("{:.0} TFLOP/s", report.matmul_tflop_per_s)),
-    ]
+    let mut findings = vec![test];
+    if let Some(rates) = report.rates {
+        let bandwidth = format!("{:.0} GB/s, copies within the device", rates.copy_gb_per_s);
+        findings.push(Finding::found("memory bandwidth", bandwidth));
+        findings.push(Finding::found("bfloat16 products", format!("{:.0} TFLOP/s", rates.matmul_tflop_per_s)));
+    }
+    findings
 }
 
 /// Nothing: this build has no CUDA device to test.
