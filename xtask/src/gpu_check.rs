@@ -66,7 +66,7 @@ enum Part {
 struct Load {
     name: &'static str,
     model: &'static DummyModel,
-    distribution: &'static str,
+    lengths: Lengths,
     parallel: u32,
     number: u32,
     is_streamed: bool,
@@ -76,7 +76,32 @@ struct Load {
 impl Load {
     /// Whether the part `soak` runs it: long prompts and many sequences.
     fn is_soaked(&self) -> bool {
-        self.distribution == "longalpaca" && self.parallel > 1
+        matches!(self.lengths, Lengths::Of("longalpaca")) && self.parallel > 1
+    }
+}
+
+/// Tokens of prompts and answers.
+enum Lengths {
+    /// Of one of ember-bench's distributions.
+    Of(&'static str),
+    /// All alike: where requests are so few that drawn lengths would decide their median.
+    Fixed { prompt: u32, output: u32 },
+}
+
+impl Lengths {
+    /// The flags of `ember-bench perf`.
+    fn flags(&self) -> Vec<String> {
+        let flags =
+            |flags: &[(&str, String)]| flags.iter().flat_map(|(flag, it)| [flag.to_string(), it.clone()]).collect();
+        match self {
+            Self::Of(name) => flags(&[("--length-distribution", name.to_string())]),
+            Self::Fixed { prompt, output } => flags(&[
+                ("--length-distribution", "uniform".to_owned()),
+                ("--min-prompt-length", prompt.to_string()),
+                ("--max-prompt-length", prompt.to_string()),
+                ("--max-tokens", output.to_string()),
+            ]),
+        }
     }
 }
 
@@ -113,7 +138,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "openqa p1",
         model: &LLAMA_3_1_8B,
-        distribution: "openqa",
+        lengths: Lengths::Of("openqa"),
         parallel: 1,
         number: 6,
         is_streamed: true,
@@ -126,7 +151,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "openqa p16",
         model: &LLAMA_3_1_8B,
-        distribution: "openqa",
+        lengths: Lengths::Of("openqa"),
         parallel: 16,
         number: 96,
         is_streamed: true,
@@ -135,7 +160,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "openqa p128 whole",
         model: &LLAMA_3_1_8B,
-        distribution: "openqa",
+        lengths: Lengths::Of("openqa"),
         parallel: 128,
         number: 640,
         is_streamed: false,
@@ -144,7 +169,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "openqa p128",
         model: &LLAMA_3_1_8B,
-        distribution: "openqa",
+        lengths: Lengths::Of("openqa"),
         parallel: 128,
         number: 640,
         is_streamed: true,
@@ -157,16 +182,17 @@ const LOADS: &[Load] = &[
     Load {
         name: "longalpaca p1",
         model: &LLAMA_3_1_8B,
-        distribution: "longalpaca",
+        // The means of the load that the bar comes from.
+        lengths: Lengths::Fixed { prompt: 9679, output: 343 },
         parallel: 1,
-        number: 8,
+        number: 4,
         is_streamed: true,
         bars: &[output_tok_s(150.0), at_most_ms("TTFT p50 ms", TTFT_P50, 260.0)],
     },
     Load {
         name: "longalpaca p16",
         model: &LLAMA_3_1_8B,
-        distribution: "longalpaca",
+        lengths: Lengths::Of("longalpaca"),
         parallel: 16,
         number: 48,
         is_streamed: true,
@@ -175,7 +201,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "longalpaca p128",
         model: &LLAMA_3_1_8B,
-        distribution: "longalpaca",
+        lengths: Lengths::Of("longalpaca"),
         parallel: 128,
         number: 192,
         is_streamed: true,
@@ -184,7 +210,7 @@ const LOADS: &[Load] = &[
     Load {
         name: "qwen2-0.5b openqa p1",
         model: &QWEN2_0_5B,
-        distribution: "openqa",
+        lengths: Lengths::Of("openqa"),
         parallel: 1,
         number: 6,
         is_streamed: true,
@@ -422,7 +448,7 @@ impl Check<'_> {
         command.args(["perf", "--url", &format!("http://127.0.0.1:{port}"), "--model", load.model.name]);
         command.args(["--dataset", "random", "--random-vocab-size", &load.model.vocab_size.to_string()]);
         // Greedy, as load generators do by default.
-        command.args(["--length-distribution", load.distribution, "--ignore-eos", "--temperature", "0"]);
+        command.args(load.lengths.flags()).args(["--ignore-eos", "--temperature", "0"]);
         command.args(["--parallel", &load.parallel.to_string(), "--number", &load.number.to_string()]);
         command.arg(if load.is_streamed { "--stream" } else { "--no-stream" });
         // Kernels' and graphs' first uses are not the load's.
