@@ -9,7 +9,7 @@ use std::{
 use cudarc::nvrtc::sys;
 use rayon::prelude::*;
 
-use super::{libraries, status::Check};
+use super::{device::Gpu, kernel::Kernel, libraries, status::Check};
 use crate::Error;
 
 /// A kernel family's text.
@@ -78,6 +78,47 @@ impl Variant {
     /// `source` with `macros`, pairs of name and value.
     pub(super) fn new(source: &'static Source, macros: &[(&str, usize)]) -> Self {
         Self { source, macros: macros.iter().map(|(name, value)| format!("{name}={value}")).collect() }
+    }
+}
+
+/// Variants that are compiled together.
+#[derive(Default)]
+pub(super) struct Plan {
+    variants: Vec<Variant>,
+}
+
+/// One of a [`Plan`].
+#[derive(Clone, Copy)]
+pub(super) struct Planned(usize);
+
+impl Plan {
+    /// Adds `source` with `macros`.
+    pub(super) fn add(&mut self, source: &'static Source, macros: &[(&str, usize)]) -> Planned {
+        self.variants.push(Variant::new(source, macros));
+        Planned(self.variants.len() - 1)
+    }
+
+    /// Compiles (or takes from the cache) all of them.
+    pub(super) fn compile(&self, gpu: &Gpu) -> Result<Compiled, Error> {
+        let cubins = compile(&self.variants, &gpu.arch())?;
+        gpu.bind()?;
+        Ok(Compiled { cubins })
+    }
+}
+
+/// The machine code of a [`Plan`].
+pub(super) struct Compiled {
+    cubins: Vec<Vec<u8>>,
+}
+
+impl Compiled {
+    /// Loads the functions `names` of one of them.
+    pub(super) fn load<const N: usize>(
+        &self,
+        planned: Planned,
+        names: [&'static str; N],
+    ) -> Result<[Kernel; N], Error> {
+        Kernel::load(&self.cubins[planned.0], names)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     buffers::HEADS_PER_TILE,
-    compile::{self, Variant},
+    compile::{self, Compiled, Plan, Planned},
     device::Gpu,
     inputs::TILE_ROWS,
     kernel::{Kernel, Launch},
@@ -72,16 +72,15 @@ impl GemvShape {
         (self.warps * (self.n_stages * GEMV_CHUNKS * 256 + 32 * self.batch_tiles + 128 * n_rows)) as u32
     }
 
-    fn variant(self, kind: &str, k: usize) -> Variant {
-        let macros = [
+    fn macros(self, kind: &str, k: usize) -> [(&str, usize); 6] {
+        [
             (kind, 1),
             ("K", k),
             ("WARPS", self.warps),
             ("WARPS_K", self.warps_k),
             ("STAGES", self.n_stages),
             ("BATCH_TILES", self.batch_tiles),
-        ];
-        Variant::new(&compile::GEMV, &macros)
+        ]
     }
 }
 
@@ -101,17 +100,56 @@ pub(super) struct Gemvs {
     pub(super) logits: Gemv,
 }
 
-/// Macro and name of each GEMV of [`Gemvs`], in the order of [`Product::ALL`].
-const GEMV_KINDS: [(&str, &str); 5] = [
-    ("GEMV_NORM", "gemv_norm"),
-    ("GEMV_RESIDUAL", "gemv_residual"),
-    ("GEMV_GATE_UP", "gemv_gate_up"),
-    ("GEMV_RESIDUAL", "gemv_residual"),
-    ("GEMV_LOGITS", "gemv_logits"),
-];
+/// [`Gemvs`] before they are compiled.
+struct PlannedGemvs {
+    qkv: PlannedGemv,
+    o: PlannedGemv,
+    gate_up: PlannedGemv,
+    down: PlannedGemv,
+    logits: PlannedGemv,
+}
 
-/// Variants before the GEMVs.
-const N_OTHERS: usize = 9;
+struct PlannedGemv {
+    planned: Planned,
+    name: &'static str,
+    n_out: usize,
+    shape: GemvShape,
+}
+
+impl PlannedGemvs {
+    /// Adds those for up to `batch_tiles` batch tiles to `plan`.
+    fn new(plan: &mut Plan, gpu: &Gpu, spec: &DecoderSpec, batch_tiles: usize) -> Self {
+        let mut add = |product: Product, (kind, name): (&str, &'static str)| {
+            let (n_out, k) = product.size(spec);
+            let shape = GemvShape::new((n_out, k), batch_tiles, gpu.max_shared);
+            PlannedGemv { planned: plan.add(&compile::GEMV, &shape.macros(kind, k)), name, n_out, shape }
+        };
+        Self {
+            qkv: add(Product::Qkv, ("GEMV_NORM", "gemv_norm")),
+            o: add(Product::O, ("GEMV_RESIDUAL", "gemv_residual")),
+            gate_up: add(Product::GateUp, ("GEMV_GATE_UP", "gemv_gate_up")),
+            down: add(Product::Down, ("GEMV_RESIDUAL", "gemv_residual")),
+            logits: add(Product::Logits, ("GEMV_LOGITS", "gemv_logits")),
+        }
+    }
+
+    fn load(self, compiled: &Compiled, gpu: &Gpu) -> Result<Gemvs, Error> {
+        let load = |PlannedGemv { planned, name, n_out, shape }: PlannedGemv| -> Result<Gemv, Error> {
+            let [kernel] = compiled.load(planned, [name])?;
+            kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
+            // A tile is 16 rows of weights.
+            let n_tiles = n_out.div_ceil(16).div_ceil(shape.warps / shape.warps_k);
+            Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), shape })
+        };
+        Ok(Gemvs {
+            qkv: load(self.qkv)?,
+            o: load(self.o)?,
+            gate_up: load(self.gate_up)?,
+            down: load(self.down)?,
+            logits: load(self.logits)?,
+        })
+    }
+}
 
 /// All kernels of a model.
 pub(super) struct Ops {
@@ -141,43 +179,6 @@ pub(super) struct Ops {
     head_dim: usize,
 }
 
-/// The variants to compile, in the order that [`Ops::new`] takes them.
-pub(super) fn variants(spec: &DecoderSpec, max_shared: u32, hopper: bool) -> Vec<Variant> {
-    let (head_dim, group, h) = (spec.head_dim, spec.n_heads / spec.n_kv_heads, spec.hidden_size);
-    let gemvs = batch_tiles(hopper).iter().flat_map(|&tiles| {
-        let of = move |((kind, _), (n_out, k)): ((&str, &str), (usize, usize))| {
-            GemvShape::new((n_out, k), tiles, max_shared).variant(kind, k)
-        };
-        GEMV_KINDS.into_iter().zip(Product::ALL.map(|product| product.size(spec))).map(of).collect::<Vec<_>>()
-    });
-    let norm = [("BLOCK", ELEMENTWISE as usize), ("CHUNKS", h.div_ceil(8 * ELEMENTWISE as usize)), ("MAX_PARTS", 0)];
-    let others = vec![
-        Variant::new(&compile::EMBED, &[]),
-        Variant::new(&compile::RMSNORM, &norm[..2]),
-        match spec.qk_norm {
-            true => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim), ("QK_NORM", 1)]),
-            false => Variant::new(&compile::ROPE_KV, &[("HEAD_DIM", head_dim)]),
-        },
-        Variant::new(&compile::SILU_MUL, &[]),
-        Variant::new(&compile::DECODE_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS)]),
-        match hopper {
-            true => Variant::new(
-                &compile::PREFILL_ATTENTION_SM90,
-                &[("HEAD_DIM", head_dim), ("GROUP", group), ("STAGES", HOPPER_STAGES)],
-            ),
-            false => Variant::new(&compile::PREFILL_ATTENTION, &[("HEAD_DIM", head_dim), ("GROUP", group)]),
-        },
-        Variant::new(&compile::RMSNORM, &norm),
-        Variant::new(&compile::UNPACK_KV, &[("HEAD_DIM", head_dim)]),
-        Variant::new(&compile::GATHER_ROWS, &[]),
-    ];
-    let clusters = DECODE_CLUSTERS.iter().filter(|_| hopper).map(|&(cluster, _)| {
-        let macros = [("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", DECODE_WARPS), ("CLUSTER", cluster)];
-        Variant::new(&compile::DECODE_ATTENTION, &macros)
-    });
-    others.into_iter().chain(gemvs).chain(clusters).collect()
-}
-
 /// Dynamic shared memory of a prefill attention block.
 fn prefill_shared(head_dim: usize, hopper: bool) -> u32 {
     let row_bytes = if head_dim <= 64 { 128 } else { 256 };
@@ -191,52 +192,53 @@ impl Ops {
     /// Compiles (or takes from the cache) and loads all kernels.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec) -> Result<Self, Error> {
         let hopper = gpu.is_hopper();
-        let cubins = compile::compile(&variants(spec, gpu.max_shared, hopper), &gpu.arch())?;
-        gpu.bind()?;
-        let one = |i: usize, name: &'static str| -> Result<Kernel, Error> {
-            let [kernel] = Kernel::load(&cubins[i], [name])?;
-            Ok(kernel)
+        let heads = [("HEAD_DIM", spec.head_dim), ("GROUP", spec.n_heads / spec.n_kv_heads)];
+        let chunks = spec.hidden_size.div_ceil(8 * ELEMENTWISE as usize);
+        let norm = [("BLOCK", ELEMENTWISE as usize), ("CHUNKS", chunks), ("MAX_PARTS", 0)];
+        let decode = [heads[0], heads[1], ("WARPS", DECODE_WARPS)];
+
+        let mut plan = Plan::default();
+        let embed = plan.add(&compile::EMBED, &[]);
+        let rmsnorm = plan.add(&compile::RMSNORM, &norm[..2]);
+        let rmsnorm_whole = plan.add(&compile::RMSNORM, &norm);
+        let qk_norm = [heads[0], ("QK_NORM", 1)];
+        let rope_kv = plan.add(&compile::ROPE_KV, if spec.qk_norm { &qk_norm } else { &heads[..1] });
+        let silu_mul = plan.add(&compile::SILU_MUL, &[]);
+        let decode_attention = plan.add(&compile::DECODE_ATTENTION, &decode);
+        let clusters: Vec<_> = DECODE_CLUSTERS
+            .iter()
+            .filter(|_| hopper)
+            .map(|&(n, _)| plan.add(&compile::DECODE_ATTENTION, &[decode[0], decode[1], decode[2], ("CLUSTER", n)]))
+            .collect();
+        let unpack_kv = plan.add(&compile::UNPACK_KV, &heads[..1]);
+        let gather_rows = plan.add(&compile::GATHER_ROWS, &[]);
+        let prefill_attention = match hopper {
+            true => plan.add(&compile::PREFILL_ATTENTION_SM90, &[heads[0], heads[1], ("STAGES", HOPPER_STAGES)]),
+            false => plan.add(&compile::PREFILL_ATTENTION, &heads),
         };
+        let gemvs: Vec<_> = batch_tiles(hopper).iter().map(|&n| PlannedGemvs::new(&mut plan, gpu, spec, n)).collect();
+
+        let compiled = plan.compile(gpu)?;
+        let one = |planned: Planned, name: &'static str| compiled.load(planned, [name]).map(|[kernel]| kernel);
         let [decode_attention, decode_attention_rope] =
-            Kernel::load(&cubins[4], ["decode_attention", "decode_attention_rope"])?;
-        let prefill_attention = one(5, if hopper { "prefill_attention_sm90" } else { "prefill_attention" })?;
+            compiled.load(decode_attention, ["decode_attention", "decode_attention_rope"])?;
+        let prefill_attention =
+            one(prefill_attention, if hopper { "prefill_attention_sm90" } else { "prefill_attention" })?;
         prefill_attention.allow_shared(prefill_shared(spec.head_dim, hopper))?;
-        let gemv = |set: usize, i: usize| -> Result<Gemv, Error> {
-            let (n_out, k) = Product::ALL[i].size(spec);
-            let shape = GemvShape::new((n_out, k), batch_tiles(hopper)[set], gpu.max_shared);
-            let kernel = one(N_OTHERS + set * GEMV_KINDS.len() + i, GEMV_KINDS[i].1)?;
-            kernel.allow_shared(shape.shared_bytes(BATCH_TILE_ROWS * shape.batch_tiles))?;
-            // A tile is 16 rows of weights.
-            let n_tiles = n_out.div_ceil(16).div_ceil(shape.warps / shape.warps_k);
-            Ok(Gemv { kernel, n_blocks: gpu.n_sms.min(n_tiles as u32), shape })
-        };
-        let gemvs = |set: usize| -> Result<Gemvs, Error> {
-            Ok(Gemvs {
-                qkv: gemv(set, 0)?,
-                o: gemv(set, 1)?,
-                gate_up: gemv(set, 2)?,
-                down: gemv(set, 3)?,
-                logits: gemv(set, 4)?,
-            })
-        };
-        let n_gemvs = batch_tiles(hopper).len() * GEMV_KINDS.len();
-        let n_clusters = if hopper { DECODE_CLUSTERS.len() } else { 0 };
-        let first_cluster = N_OTHERS + n_gemvs;
-        let decode_attention_clusters =
-            (0..n_clusters).map(|i| one(first_cluster + i, "decode_attention_rope")).collect::<Result<_, _>>()?;
+        let clusters = clusters.into_iter().map(|planned| one(planned, "decode_attention_rope"));
         Ok(Self {
-            embed: one(0, "embed_gather")?,
-            rmsnorm: one(1, "rmsnorm")?,
-            rmsnorm_whole: one(6, "rmsnorm")?,
-            rope_kv: one(2, "rope_kv_write")?,
-            silu_mul: one(3, "silu_mul")?,
+            embed: one(embed, "embed_gather")?,
+            rmsnorm: one(rmsnorm, "rmsnorm")?,
+            rmsnorm_whole: one(rmsnorm_whole, "rmsnorm")?,
+            rope_kv: one(rope_kv, "rope_kv_write")?,
+            silu_mul: one(silu_mul, "silu_mul")?,
             decode_attention,
             decode_attention_rope,
-            decode_attention_clusters,
-            unpack_kv: one(7, "unpack_kv")?,
-            gather_rows: one(8, "gather_rows")?,
+            decode_attention_clusters: clusters.collect::<Result<_, _>>()?,
+            unpack_kv: one(unpack_kv, "unpack_kv")?,
+            gather_rows: one(gather_rows, "gather_rows")?,
             prefill_attention,
-            gemvs: (0..batch_tiles(hopper).len()).map(gemvs).collect::<Result<_, _>>()?,
+            gemvs: gemvs.into_iter().map(|planned| planned.load(&compiled, gpu)).collect::<Result<_, _>>()?,
             dependent: gpu.capability.0 >= 9,
             hopper,
             n_sms: gpu.n_sms as usize,
