@@ -67,16 +67,16 @@ static HEADERS: [(&CStr, &str); 8] = [
 
 /// A source with its macros: what is compiled.
 #[derive(Clone)]
-pub(super) struct Variant {
+struct Variant {
     /// The text.
-    pub(super) source: &'static Source,
+    source: &'static Source,
     /// `NAME=value`.
-    pub(super) macros: Vec<String>,
+    macros: Vec<String>,
 }
 
 impl Variant {
     /// `source` with `macros`, pairs of name and value.
-    pub(super) fn new(source: &'static Source, macros: &[(&str, usize)]) -> Self {
+    fn new(source: &'static Source, macros: &[(&str, usize)]) -> Self {
         Self { source, macros: macros.iter().map(|(name, value)| format!("{name}={value}")).collect() }
     }
 }
@@ -122,11 +122,23 @@ impl Compiled {
     }
 }
 
+/// Compiles (or takes from the cache) `source` with `macros` alone, and loads its functions `names`.
+pub(super) fn load<const N: usize>(
+    gpu: &Gpu,
+    source: &'static Source,
+    macros: &[(&str, usize)],
+    names: [&'static str; N],
+) -> Result<[Kernel; N], Error> {
+    let mut plan = Plan::default();
+    let planned = plan.add(source, macros);
+    plan.compile(gpu)?.load(planned, names)
+}
+
 /// Compiles all `variants` for `arch` (such as `sm_90a`); the same order, machine code (cubin).
 ///
 /// # Errors
 /// [`Error::Device`] with the compiler's log.
-pub(super) fn compile(variants: &[Variant], arch: &str) -> Result<Vec<Vec<u8>>, Error> {
+fn compile(variants: &[Variant], arch: &str) -> Result<Vec<Vec<u8>>, Error> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: valid places for the results.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.check("nvrtcVersion")?;

@@ -3,7 +3,7 @@
 //! one leave.
 
 use super::{
-    compile::{self, Variant},
+    compile::{self, Plan, Planned},
     device::Gpu,
     gemm::{Gemm, GemmOutput, GemmShape, Operands, padded_rows},
     kernel::{
@@ -51,7 +51,8 @@ impl Tile {
         (self.n_stages * (self.weights + self.tokens) * 128) as u32
     }
 
-    fn variant(self, moe: &Moe, k: usize, is_gated: bool) -> Variant {
+    /// Adds its kernel to `plan`.
+    fn plan(self, plan: &mut Plan, moe: &Moe, (k, is_gated): (usize, bool)) -> Planned {
         let macros = [
             ("GATED", usize::from(is_gated)),
             ("K", k),
@@ -62,7 +63,7 @@ impl Tile {
             ("WARPS_T", self.warps_t),
             ("STAGES", self.n_stages),
         ];
-        Variant::new(&compile::MOE_GEMM, &macros)
+        plan.add(&compile::MOE_GEMM, &macros)
     }
 
     fn launch(self, n_out: usize, (is_gated, n_tiles): (bool, usize), dependent: bool) -> Launch {
@@ -124,20 +125,20 @@ impl ExpertKernels {
             ("SHARED", usize::from(moe.shared_intermediate_size.is_some())),
             ("NORM", usize::from(moe.norm_topk_prob)),
         ];
-        let products = [(spec.hidden_size, true), (moe.intermediate_size, false)];
-        let gemms = products.iter().flat_map(|&(k, is_gated)| TILES.map(|tile| tile.variant(moe, k, is_gated)));
-        let variants: Vec<_> = [Variant::new(&compile::MOE_ROUTE, &macros)].into_iter().chain(gemms).collect();
-        let cubins = compile::compile(&variants, &gpu.arch())?;
-        gpu.bind()?;
-        let [route, group, combine] = Kernel::load(&cubins[0], ["moe_route", "moe_group", "moe_combine"])?;
-        let gemm = |(cubin, tile): (&Vec<u8>, Tile)| -> Result<Kernel, Error> {
-            let [kernel] = Kernel::load(cubin, ["moe_gemm"])?;
+        let mut plan = Plan::default();
+        let route = plan.add(&compile::MOE_ROUTE, &macros);
+        let gate_up = TILES.map(|tile| tile.plan(&mut plan, moe, (spec.hidden_size, true)));
+        let down = TILES.map(|tile| tile.plan(&mut plan, moe, (moe.intermediate_size, false)));
+
+        let compiled = plan.compile(gpu)?;
+        let [route, group, combine] = compiled.load(route, ["moe_route", "moe_group", "moe_combine"])?;
+        let gemm = |(planned, tile): (Planned, Tile)| -> Result<Kernel, Error> {
+            let [kernel] = compiled.load(planned, ["moe_gemm"])?;
             kernel.allow_shared(tile.shared_bytes())?;
             Ok(kernel)
         };
-        let (gate_up, down) = cubins[1..].split_at(TILES.len());
-        let gate_up = gate_up.iter().zip(TILES).map(gemm).collect::<Result<_, _>>()?;
-        let down = down.iter().zip(TILES).map(gemm).collect::<Result<_, _>>()?;
+        let gate_up = gate_up.into_iter().zip(TILES).map(gemm).collect::<Result<_, _>>()?;
+        let down = down.into_iter().zip(TILES).map(gemm).collect::<Result<_, _>>()?;
         Ok(Some(Self { moe: moe.clone(), route, group, combine, gate_up, down }))
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use cudarc::driver::sys;
 
 use super::{
-    compile::{self, Variant},
+    compile,
     device::{Event, Gpu},
     experts::router_rows,
     kernel::{Arg, Kernel, Launch},
@@ -363,8 +363,7 @@ struct DummyFill {
 
 impl DummyFill {
     fn new(gpu: &Gpu, seed: u64) -> Result<Self, Error> {
-        let cubins = compile::compile(&[Variant::new(&compile::DUMMY_WEIGHTS, &[])], &gpu.arch())?;
-        let [kernel] = Kernel::load(&cubins[0], ["dummy_weights"])?;
+        let [kernel] = compile::load(gpu, &compile::DUMMY_WEIGHTS, &[], ["dummy_weights"])?;
         Ok(Self { kernel, seed, n_filled: 0 })
     }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{
     buffers::StepLimits,
-    compile::{self, Variant},
+    compile,
     device::Gpu,
     kernel::{Arg, Kernel, Launch},
     memory::{DeviceBuffer, PinnedBuffer},
@@ -136,7 +136,6 @@ fn is_for_device(row: &SampleRow) -> bool {
 impl LogitEdits {
     /// For steps within `limits`.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits) -> Result<Self, Error> {
-        let cubins = compile::compile(&[Variant::new(&compile::PENALTIES, &[])], &gpu.arch())?;
         let [
             apply_penalties,
             edit_logits,
@@ -146,8 +145,10 @@ impl LogitEdits {
             count_sampled,
             set_prompt_bits,
             clear_slot,
-        ] = Kernel::load(
-            &cubins[0],
+        ] = compile::load(
+            gpu,
+            &compile::PENALTIES,
+            &[],
             [
                 "apply_penalties",
                 "edit_logits",

@@ -2,7 +2,7 @@
 
 use super::{
     buffers::{HEADS_PER_TILE, block_bytes, kv_dim},
-    compile::{self, Variant},
+    compile,
     device::Gpu,
     kernel::{Kernel, Launch},
     ops::Contexts,
@@ -41,9 +41,7 @@ impl LongAttention {
             ("WARPS", n_warps),
             ("ROWS", ROWS.min(n_warps)),
         ];
-        let cubins = compile::compile(&[Variant::new(&compile::DECODE_ATTENTION_SM90, &macros)], &gpu.arch())?;
-        gpu.bind()?;
-        let [kernel] = Kernel::load(&cubins[0], ["decode_attention_sm90"])?;
+        let [kernel] = compile::load(gpu, &compile::DECODE_ATTENTION_SM90, &macros, ["decode_attention_sm90"])?;
         kernel.allow_shared(gpu.max_shared)?;
         Ok(Some(Self { kernel, n_warps, n_sms, shared_bytes: shared_bytes(spec, n_warps, n_stages) }))
     }

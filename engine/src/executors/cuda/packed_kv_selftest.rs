@@ -5,11 +5,11 @@ use half::bf16;
 
 use super::{
     buffers::block_bytes,
-    compile::{self, Variant},
+    compile,
     device::Gpu,
     kernel::{
         Arg::{Float, Int, Ptr},
-        Kernel, Launch,
+        Launch,
     },
     memory::DeviceBuffer,
     packed_weights_selftest::random_below,
@@ -71,12 +71,9 @@ fn is_kept(want: &[u16], got: &[u16]) -> bool {
 /// Keys and values, bf16 `[N_KV, N_TOKENS, head_dim]`, of `qkv`, through the cache. No rotation: all angles are 0.
 fn round_trip(gpu: &Gpu, spec: &DecoderSpec, qkv: &[u16]) -> Result<(Vec<u16>, Vec<u16>), Error> {
     let head_dim = spec.head_dim;
-    let variants =
-        [&compile::ROPE_KV, &compile::UNPACK_KV].map(|source| Variant::new(source, &[("HEAD_DIM", head_dim)]));
-    let cubins = compile::compile(&variants, &gpu.arch())?;
-    gpu.bind()?;
-    let [rope_kv] = Kernel::load(&cubins[0], ["rope_kv_write"])?;
-    let [unpack_kv] = Kernel::load(&cubins[1], ["unpack_kv"])?;
+    let macros = [("HEAD_DIM", head_dim)];
+    let [rope_kv] = compile::load(gpu, &compile::ROPE_KV, &macros, ["rope_kv_write"])?;
+    let [unpack_kv] = compile::load(gpu, &compile::UNPACK_KV, &macros, ["unpack_kv"])?;
 
     let what = "the test of the KV cache";
     let upload = |data: &[i32]| -> Result<DeviceBuffer, Error> {

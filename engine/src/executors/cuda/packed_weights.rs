@@ -4,7 +4,7 @@
 use cudarc::driver::sys;
 
 use super::{
-    compile::{self, Variant},
+    compile,
     device::Gpu,
     kernel::{Arg, Kernel, Launch},
     memory::DeviceBuffer,
@@ -119,9 +119,8 @@ impl Packer {
 
     /// For matrices of up to so many weights and rows.
     pub(super) fn for_size(gpu: &Gpu, n_weights: usize, n_rows: usize) -> Result<Self, Error> {
-        let cubins = compile::compile(&[Variant::new(&compile::PACK_WEIGHTS, &[])], &gpu.arch())?;
-        gpu.bind()?;
-        let [choose_windows, pack_weights] = Kernel::load(&cubins[0], ["choose_windows", "pack_weights"])?;
+        let [choose_windows, pack_weights] =
+            compile::load(gpu, &compile::PACK_WEIGHTS, &[], ["choose_windows", "pack_weights"])?;
         let n_groups = n_rows / BLOCK_ROWS;
         Ok(Self {
             choose_windows,

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::{
     buffers::StepLimits,
-    compile::{self, Variant},
+    compile,
     device::Gpu,
     forward::Forward,
     kernel::{Arg, Kernel, Launch},
@@ -107,10 +107,8 @@ impl Sampling {
     /// For steps within `limits`.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits) -> Result<Self, Error> {
         let cluster = if gpu.capability.0 >= 9 { 8 } else { 1 };
-        let variant = Variant::new(&compile::SAMPLE, &[("CLUSTER", cluster)]);
-        let cubins = compile::compile(&[variant], &gpu.arch())?;
-        let [sample, threshold, token_logprobs] =
-            Kernel::load(&cubins[0], ["sample_rows", "threshold_rows", "token_logprobs"])?;
+        let names = ["sample_rows", "threshold_rows", "token_logprobs"];
+        let [sample, threshold, token_logprobs] = compile::load(gpu, &compile::SAMPLE, &[("CLUSTER", cluster)], names)?;
         let layout = ResultLayout { n: limits.max_seqs };
         let prompt_layout = ResultLayout { n: PROMPT_ROWS };
         let zeroed = |n_bytes: usize| DeviceBuffer::zeroed(gpu, n_bytes, "the sampling buffers");

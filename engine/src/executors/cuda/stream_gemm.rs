@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     buffers::StepBuffers,
-    compile::{self, Variant},
+    compile::{self, Plan, Planned},
     device::Gpu,
     kernel::{Arg, Kernel, Launch},
     load::Weights,
@@ -130,7 +130,8 @@ impl Shape {
         (self.tile_rows.div_ceil(64) * self.k_groups() * 128 + loading) as u32
     }
 
-    fn variant(self) -> Variant {
+    /// Adds its kernel to `plan`.
+    fn plan(self, plan: &mut Plan) -> Planned {
         let macros = [
             ("OUTPUT", self.output),
             ("BN", self.columns),
@@ -140,8 +141,8 @@ impl Shape {
             ("CLUSTER", self.cluster()),
         ];
         match self.packed {
-            true => Variant::new(&compile::PACKED_GEMM_SM90, &macros),
-            false => Variant::new(&compile::STREAM_GEMM_SM90, &macros[..4]),
+            true => plan.add(&compile::PACKED_GEMM_SM90, &macros),
+            false => plan.add(&compile::STREAM_GEMM_SM90, &macros[..4]),
         }
     }
 }
@@ -211,11 +212,11 @@ impl StreamKernels {
     /// The same for `shapes`, as far as they are not there yet.
     fn add(&mut self, gpu: &Gpu, shapes: impl Iterator<Item = Shape>) -> Result<(), Error> {
         let shapes: BTreeSet<Shape> = shapes.filter(|shape| !self.kernels.contains_key(shape)).collect();
-        let variants: Vec<Variant> = shapes.iter().map(|shape| shape.variant()).collect();
-        let cubins = compile::compile(&variants, &gpu.arch())?;
-        gpu.bind()?;
-        for (shape, cubin) in shapes.into_iter().zip(&cubins) {
-            let [kernel] = Kernel::load(cubin, [if shape.packed { "packed_gemm" } else { "stream_gemm" }])?;
+        let mut plan = Plan::default();
+        let planned: Vec<_> = shapes.into_iter().map(|shape| (shape, shape.plan(&mut plan))).collect();
+        let compiled = plan.compile(gpu)?;
+        for (shape, planned) in planned {
+            let [kernel] = compiled.load(planned, [if shape.packed { "packed_gemm" } else { "stream_gemm" }])?;
             kernel.allow_shared(shape.shared_bytes())?;
             self.kernels.insert(shape, kernel);
         }

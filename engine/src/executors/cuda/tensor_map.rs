@@ -4,9 +4,9 @@
 use cudarc::driver::sys;
 
 use super::{
-    compile::{self, Variant},
+    compile,
     device::Gpu,
-    kernel::{Arg, Kernel, Launch},
+    kernel::{Arg, Launch},
     memory::DeviceBuffer,
     packed_weights::{BLOCK_BYTES, BLOCK_COLUMNS, BLOCK_ROWS},
     status::Check,
@@ -45,9 +45,7 @@ impl DeviceMaps {
     pub(super) fn upload(&self, gpu: &Gpu) -> Result<(), Error> {
         let words: Vec<u64> = self.maps.iter().flat_map(|map| map.0.opaque).collect();
         self.memory.write(gpu, 0, &words)?;
-        let cubins = compile::compile(&[Variant::new(&compile::ACQUIRE_MAPS_SM90, &[])], &gpu.arch())?;
-        gpu.bind()?;
-        let [acquire_maps] = Kernel::load(&cubins[0], ["acquire_maps"])?;
+        let [acquire_maps] = compile::load(gpu, &compile::ACQUIRE_MAPS_SM90, &[], ["acquire_maps"])?;
         acquire_maps.allow_shared(gpu.max_shared)?;
         let launch = Launch { grid: [gpu.n_sms, 1, 1], block: 32, shared_bytes: gpu.max_shared, dependent: false };
         let args = [Arg::Ptr(self.memory.ptr()), Arg::Int(self.maps.len() as i32)];
