@@ -24,7 +24,7 @@ use super::{
     ops::{Contexts, Gemv, Ops},
     packed_weights::MatrixAt,
     product::Product,
-    prompt_contexts::{PromptContexts, PromptGroup},
+    prompt_contexts::{KEYS, PromptContexts, PromptGroup, VALUES},
     side_stream::{SideStream, decode_share},
     stream_gemm::StreamGemm,
 };
@@ -532,7 +532,7 @@ impl Forward {
         let b = &self.buffers;
         let (qkv, out) = (Ptr(b.qkv.ptr()), Ptr(b.attn_out.ptr()));
         let mut args = match &self.contexts.maps {
-            Some(maps) => vec![Ptr(maps.keys), Ptr(maps.values), qkv, out],
+            Some(maps) => vec![Ptr(maps.ptr(KEYS)), Ptr(maps.ptr(VALUES)), qkv, out],
             None => vec![qkv, Ptr(self.contexts.keys.ptr()), Ptr(self.contexts.values.ptr()), out],
         };
         args.extend([

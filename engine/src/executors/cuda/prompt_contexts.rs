@@ -8,7 +8,7 @@ use super::{
     device::Gpu,
     inputs::{last_row_tile, n_tiles},
     memory::DeviceBuffer,
-    tensor_map::{DeviceMaps, TensorMap},
+    tensor_map::{DeviceMaps, MapAt, TensorMap},
 };
 use crate::{
     Error,
@@ -25,27 +25,15 @@ pub(super) struct PromptContexts {
     pub(super) keys: DeviceBuffer,
     /// The same.
     pub(super) values: DeviceBuffer,
-    /// Both for Hopper's copy engine.
-    pub(super) maps: Option<ContextMaps>,
+    /// [`KEYS`] and [`VALUES`] for Hopper's copy engine.
+    pub(super) maps: Option<DeviceMaps>,
     /// Pages that fit.
     n_pages: usize,
 }
 
-/// Addresses of the tensor maps of keys and of values.
-pub(super) struct ContextMaps {
-    pub(super) keys: u64,
-    pub(super) values: u64,
-    _maps: DeviceMaps,
-}
-
-impl ContextMaps {
-    fn new(gpu: &Gpu, keys: TensorMap, values: TensorMap) -> Result<Self, Error> {
-        let mut maps = DeviceMaps::new(gpu, 2)?;
-        let (keys, values) = (maps.add(keys), maps.add(values));
-        maps.upload(gpu)?;
-        Ok(Self { keys, values, _maps: maps })
-    }
-}
+/// Places of the two in [`PromptContexts::maps`].
+pub(super) const KEYS: MapAt = MapAt(0);
+pub(super) const VALUES: MapAt = MapAt(1);
 
 impl PromptContexts {
     /// For any one context, and for all prompts of a step that have nothing in the cache yet.
@@ -55,7 +43,7 @@ impl PromptContexts {
         let buffer = || DeviceBuffer::zeroed(gpu, n_rows * spec.head_dim * 2, "the unpacked contexts of prompts");
         let (keys, values) = (buffer()?, buffer()?);
         let map = |x: &DeviceBuffer| TensorMap::of_activations(x.ptr(), n_rows, spec.head_dim, BOX_ROWS);
-        let maps = if gpu.is_hopper() { Some(ContextMaps::new(gpu, map(&keys)?, map(&values)?)?) } else { None };
+        let maps = if gpu.is_hopper() { Some(DeviceMaps::new(gpu, &[map(&keys)?, map(&values)?])?) } else { None };
         Ok(Self { keys, values, maps, n_pages })
     }
 

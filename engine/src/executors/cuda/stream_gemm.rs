@@ -12,7 +12,7 @@ use super::{
     memory::DeviceBuffer,
     packed_weights::{BLOCK_BYTES, BLOCK_ROWS, MatrixAt},
     product::Product,
-    tensor_map::{DeviceMaps, TensorMap},
+    tensor_map::{DeviceMaps, MapAt, TensorMap},
 };
 use crate::{Error, decoder::DecoderSpec};
 
@@ -26,8 +26,6 @@ const MAX_LOGITS_ROWS: usize = 64;
 /// Most rows for which K of a product of packed weights is cut. More are a prompt's: they are taken in tiles, whose sums
 /// are added to the residual stream at once.
 const MAX_PACKED_ROWS: usize = 256;
-/// Most numbers of rows that one matrix's tiles have.
-const MAX_TILE_SIZES: usize = 8;
 /// Most parts of K.
 const MAX_SPLIT: usize = 4;
 /// Bytes of the ring of weights and activations: what leaves a block of attention room beside it.
@@ -243,17 +241,17 @@ fn prompt_tile(n: usize, n_out: usize, n_sms: usize) -> (usize, usize) {
     fastest.expect("there are tiles").0
 }
 
-/// Addresses of the maps of the activations for one of [`COLUMNS`].
+/// The maps of the activations for one of [`COLUMNS`].
 struct ActivationMaps {
-    h: u64,
-    attn_out: u64,
-    act: u64,
+    h: MapAt,
+    attn_out: MapAt,
+    act: MapAt,
 }
 
 /// How the kernels find one product's weights.
 struct WeightMaps {
-    /// Addresses of its maps, by the rows of a tile.
-    maps: BTreeMap<usize, u64>,
+    /// Its maps, by the rows of a tile.
+    maps: BTreeMap<usize, MapAt>,
     /// Address of a packed matrix's extras.
     extras: Option<u64>,
 }
@@ -266,8 +264,7 @@ pub(super) struct StreamGemm {
     /// Of each layer, in the order of [`Product::LAYER`].
     layers: Vec<[WeightMaps; 4]>,
     lm_head: WeightMaps,
-    /// What the addresses are of.
-    _maps: DeviceMaps,
+    maps: DeviceMaps,
     spec: DecoderSpec,
     n_sms: usize,
 }
@@ -283,12 +280,15 @@ impl StreamGemm {
     ) -> Result<Self, Error> {
         gpu.bind()?;
         let n_rows = buffers.h.n_bytes() / (2 * spec.hidden_size);
-        let n_matrices = spec.n_layers * Product::LAYER.len() + 1;
-        let mut device_maps = DeviceMaps::new(gpu, COLUMNS.len() * 3 + n_matrices * MAX_TILE_SIZES)?;
+        let mut all_maps = Vec::new();
+        let mut add = |map: TensorMap| {
+            all_maps.push(map);
+            MapAt(all_maps.len() - 1)
+        };
         let activations = COLUMNS.map(|columns| {
             let mut map = |x: &DeviceBuffer, product: Product| {
                 let map = TensorMap::of_activations(x.ptr(), n_rows, product.size(spec).1, columns)?;
-                Ok(device_maps.add(map))
+                Ok(add(map))
             };
             Ok(ActivationMaps {
                 h: map(&buffers.h, Product::Qkv)?,
@@ -306,7 +306,7 @@ impl StreamGemm {
                 (MatrixAt::Raw(w), _) => TensorMap::of_weights(w, size, rows),
             };
             let tile_rows: BTreeSet<usize> = shapes.iter().map(|shape| shape.tile_rows).collect();
-            let maps = tile_rows.into_iter().map(|rows| Ok((rows, device_maps.add(map(rows)?))));
+            let maps = tile_rows.into_iter().map(|rows| Ok((rows, add(map(rows)?))));
             let maps = maps.collect::<Result<_, Error>>()?;
             kernels.add(gpu, shapes.into_iter())?;
             let extras = match at {
@@ -321,13 +321,12 @@ impl StreamGemm {
             layers.push([qkv?, o?, gate_up?, down?]);
         }
         let lm_head = maps_of(Product::Logits, 0)?;
-        device_maps.upload(gpu)?;
         Ok(Self {
             kernels,
             activations: activations.into_iter().collect::<Result<_, Error>>()?,
             layers,
             lm_head,
-            _maps: device_maps,
+            maps: DeviceMaps::new(gpu, &all_maps)?,
             spec: spec.clone(),
             n_sms: gpu.n_sms as usize,
         })
@@ -380,6 +379,7 @@ impl StreamGemm {
         let weights = self.weights((product, layer));
         let kernel = self.kernels.kernels.get(&shape).ok_or_else(missing)?;
         let &w = weights.maps.get(&shape.tile_rows).ok_or_else(missing)?;
+        let (w, x) = (self.maps.ptr(w), self.maps.ptr(x));
         let (n_tiles, k_blocks) = (n_out.div_ceil(shape.tile_rows), k.div_ceil(64));
         let split = match product {
             Product::O | Product::Down if shape.output == Shape::F32 => {

@@ -25,40 +25,35 @@ const MAP_BYTES: usize = size_of::<sys::CUtensorMap>();
 /// Tensor maps in device memory. None changes once it is there, as parameters of kernels do from launch to launch.
 pub(super) struct DeviceMaps {
     memory: DeviceBuffer,
-    maps: Vec<TensorMap>,
 }
 
+/// One of [`DeviceMaps`]: its place among them.
+#[derive(Clone, Copy)]
+pub(super) struct MapAt(pub(super) usize);
+
 impl DeviceMaps {
-    /// Room for `capacity` maps.
-    pub(super) fn new(gpu: &Gpu, capacity: usize) -> Result<Self, Error> {
-        let memory = DeviceBuffer::zeroed(gpu, capacity * MAP_BYTES, "tensor maps")?;
-        Ok(Self { memory, maps: Vec::with_capacity(capacity) })
-    }
-
-    /// Adds `map`. Returns its address on the device, where it is once [`Self::upload`] has run.
-    pub(super) fn add(&mut self, map: TensorMap) -> u64 {
-        self.maps.push(map);
-        self.memory.ptr() + ((self.maps.len() - 1) * MAP_BYTES) as u64
-    }
-
-    /// Copies all maps to the device and has every multiprocessor know them (`kernels/acquire_maps_sm90.cu`), and waits.
-    pub(super) fn upload(&self, gpu: &Gpu) -> Result<(), Error> {
-        let words: Vec<u64> = self.maps.iter().flat_map(|map| map.0.opaque).collect();
-        self.memory.write(gpu, 0, &words)?;
+    /// Copies `maps` to the device and has every multiprocessor know them (`kernels/acquire_maps_sm90.cu`), and waits.
+    pub(super) fn new(gpu: &Gpu, maps: &[TensorMap]) -> Result<Self, Error> {
+        let memory = DeviceBuffer::new(gpu, maps.len() * MAP_BYTES, "tensor maps")?;
+        let words: Vec<u64> = maps.iter().flat_map(|map| map.0.opaque).collect();
+        memory.write(gpu, 0, &words)?;
         let [acquire_maps] = compile::load(gpu, &compile::ACQUIRE_MAPS_SM90, &[], ["acquire_maps"])?;
         acquire_maps.allow_shared(gpu.max_shared)?;
         let launch = Launch { grid: [gpu.n_sms, 1, 1], block: 32, shared_bytes: gpu.max_shared, dependent: false };
-        let args = [Arg::Ptr(self.memory.ptr()), Arg::Int(self.maps.len() as i32)];
+        let args = [Arg::Ptr(memory.ptr()), Arg::Int(maps.len() as i32)];
         acquire_maps.launch(gpu.cu_stream(), launch, &args)?;
-        gpu.synchronize()
+        gpu.synchronize()?;
+        Ok(Self { memory })
+    }
+
+    /// A map's address on the device.
+    pub(super) fn ptr(&self, MapAt(i): MapAt) -> u64 {
+        self.memory.ptr() + (i * MAP_BYTES) as u64
     }
 }
 
 /// A tensor map.
 pub(super) struct TensorMap(sys::CUtensorMap);
-
-// SAFETY: a description, never changed; the memory it names is the device's.
-unsafe impl Send for TensorMap {}
 
 impl TensorMap {
     /// Activations (or keys, or values) at address `x`, bf16 `[n_rows, k]`, in boxes of `box_rows` rows.
