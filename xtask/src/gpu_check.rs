@@ -89,18 +89,14 @@ enum Lengths {
 }
 
 impl Lengths {
-    /// The flags of `ember-bench perf`.
-    fn flags(&self) -> Vec<String> {
-        let flags =
-            |flags: &[(&str, String)]| flags.iter().flat_map(|(flag, it)| [flag.to_string(), it.clone()]).collect();
+    /// The flags of `ember-bench perf`, with spaces between.
+    fn flags(&self) -> String {
         match self {
-            Self::Of(name) => flags(&[("--length-distribution", name.to_string())]),
-            Self::Fixed { prompt, output } => flags(&[
-                ("--length-distribution", "uniform".to_owned()),
-                ("--min-prompt-length", prompt.to_string()),
-                ("--max-prompt-length", prompt.to_string()),
-                ("--max-tokens", output.to_string()),
-            ]),
+            Self::Of(name) => format!("--length-distribution {name}"),
+            Self::Fixed { prompt, output } => format!(
+                "--length-distribution uniform --min-prompt-length {prompt} --max-prompt-length {prompt} \
+                 --max-tokens {output}"
+            ),
         }
     }
 }
@@ -448,7 +444,7 @@ impl Check<'_> {
         command.args(["perf", "--url", &format!("http://127.0.0.1:{port}"), "--model", load.model.name]);
         command.args(["--dataset", "random", "--random-vocab-size", &load.model.vocab_size.to_string()]);
         // Greedy, as load generators do by default.
-        command.args(load.lengths.flags()).args(["--ignore-eos", "--temperature", "0"]);
+        command.args(load.lengths.flags().split_whitespace()).args(["--ignore-eos", "--temperature", "0"]);
         command.args(["--parallel", &load.parallel.to_string(), "--number", &load.number.to_string()]);
         command.arg(if load.is_streamed { "--stream" } else { "--no-stream" });
         // Kernels' and graphs' first uses are not the load's.
