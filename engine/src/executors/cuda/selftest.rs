@@ -137,8 +137,10 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
         }
     }
     if cases.is_empty() {
-        let names: Vec<String> = models.iter().map(|(name, _)| format!("{name:?}")).collect();
-        let message = format!("no case has that in its name; models are {}", names.join(", "));
+        let names = models.iter().map(|&(name, _)| name).chain(GROUPS.iter().map(|&(name, _)| name));
+        let names: Vec<String> = names.map(|name| format!("{name:?}")).collect();
+        let message =
+            format!("no model's batch and no group of cases has that in its name; there are {}", names.join(", "));
         return Err(Error::config("--only", message));
     }
     let rates = if matches!(extent, Extent::Only(_)) { None } else { Some(measure(&gpu)?) };
