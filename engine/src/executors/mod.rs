@@ -77,6 +77,16 @@ pub trait Executor: Send {
     /// # Errors
     /// [`Error::Device`], as of [`Executor::launch`].
     fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error>;
+
+    /// Fills the KV cache with copies of its first `n_pages` pages, while no step is in flight: for measurements on
+    /// devices whose clock depends on the numbers that they work on. Others do nothing.
+    ///
+    /// # Errors
+    /// [`Error::Device`], as of [`Executor::launch`].
+    fn repeat_pages(&mut self, n_pages: usize) -> Result<(), Error> {
+        let _ = n_pages;
+        Ok(())
+    }
 }
 
 /// Makes the executor for `config.device` and loads `weights` into it.

@@ -4,11 +4,11 @@
 use super::ops::kv_tiles;
 use crate::{decoder::DecoderSpec, step::PAGE_SIZE};
 
-/// Units of a block, at least: about one for each of its warps.
+/// What a row costs a block beside its pages, in pages: waits of the whole block, queries to rotate, results to join
+/// (docs/log.md). Without it the block that gets a step's short contexts is the one that all wait for.
+pub(super) const ROW_PAGES: usize = 48;
+/// Units of a block, and those of its last row unless that ends with it, at least: about one for each of its warps.
 const MIN_UNITS: usize = 8;
-/// A block may begin this share of its units earlier or later, if a row begins there: a row in two blocks must be
-/// joined through memory.
-const SLACK: usize = 16;
 
 /// What the sharing depends on beside the lengths of the contexts. A unit is one page of one tile of query heads.
 #[derive(Debug, Clone, Copy)]
@@ -40,31 +40,54 @@ impl AttentionWork {
     /// Writes the first unit of each sequence and of each of `n_blocks` blocks, and the ends: `unit_starts[..=n]` of `n`
     /// contexts, `block_starts[..=n_blocks]`. A context of no tokens has no units.
     pub(super) fn fill(self, n_blocks: usize, contexts: &[i32], unit_starts: &mut [i32], block_starts: &mut [i32]) {
-        let mut n_units = 0;
+        let (mut n_units, mut n_rows) = (0, 0);
         for (start, &len) in unit_starts.iter_mut().zip(contexts) {
             *start = n_units as i32;
             n_units += self.n_pages(len as usize) * self.n_tiles;
+            n_rows += if len > 0 { self.n_tiles } else { 0 };
         }
         unit_starts[contexts.len()] = n_units as i32;
-        let n_used = n_blocks.min(n_units / MIN_UNITS).max(1);
-        let slack = n_units / n_used / SLACK;
         let starts = &unit_starts[..=contexts.len()];
-        for (block, start) in block_starts[..=n_blocks].iter_mut().enumerate() {
-            *start = match block {
-                0 => 0,
-                _ if block >= n_used => n_units as i32,
-                _ => self.near_row(starts, n_units * block / n_used, slack) as i32,
-            };
+        let n_used = n_blocks.min(n_units / MIN_UNITS).max(1);
+        // The least cost of the dearest block: none is less than the mean, or than one row's part of its share of pages.
+        let mut low =
+            ((n_units + n_rows * ROW_PAGES) / n_used).max(n_units / n_used + ROW_PAGES).max(ROW_PAGES + MIN_UNITS);
+        let mut high = low;
+        while self.cut(starts, high, |_, _| ()) > n_used {
+            (low, high) = (high + 1, high + high / 8 + 1);
         }
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            match self.cut(starts, middle, |_, _| ()) <= n_used {
+                true => high = middle,
+                false => low = middle + 1,
+            }
+        }
+        block_starts[..=n_blocks].fill(n_units as i32);
+        block_starts[0] = 0;
+        self.cut(starts, high, |block, unit| block_starts[block] = unit as i32);
     }
 
-    /// The beginning of a row at most `slack` units from `unit`, or else `unit`.
-    fn near_row(self, unit_starts: &[i32], unit: usize, slack: usize) -> usize {
-        let seq = unit_starts.partition_point(|&start| start as usize <= unit) - 1;
-        let first = unit_starts[seq] as usize;
-        let n_pages = (unit_starts[seq + 1] as usize - first) / self.n_tiles;
-        let nearest = first + (unit - first + n_pages / 2) / n_pages * n_pages;
-        if nearest.abs_diff(unit) <= slack { nearest } else { unit }
+    /// Fills one block after the other up to a cost of `most`, at least a row's own and [`MIN_UNITS`], and tells
+    /// `begin` of each but the first the block and its first unit; how many blocks that takes.
+    fn cut(self, unit_starts: &[i32], most: usize, mut begin: impl FnMut(usize, usize)) -> usize {
+        let (mut n_blocks, mut left) = (1, most);
+        for seq in unit_starts.windows(2) {
+            let n_pages = (seq[1] - seq[0]) as usize / self.n_tiles;
+            for tile in 0..self.n_tiles {
+                let mut rest = n_pages;
+                while rest > 0 {
+                    if left < ROW_PAGES + rest.min(MIN_UNITS) {
+                        begin(n_blocks, seq[0] as usize + (tile + 1) * n_pages - rest);
+                        (n_blocks, left) = (n_blocks + 1, most);
+                    }
+                    let n = rest.min(left - ROW_PAGES);
+                    left -= n + ROW_PAGES;
+                    rest -= n;
+                }
+            }
+        }
+        n_blocks
     }
 }
 
@@ -87,21 +110,45 @@ mod tests {
                 let (units, blocks) = shared_out(work, &contexts);
                 let n_units: i32 = contexts.iter().map(|len| (len + 15) / 16 * 8).sum();
                 assert_eq!((units[0], units[n], blocks[0], blocks[132]), (0, n_units, 0, n_units));
-                let sizes: Vec<i32> = blocks.windows(2).map(|pair| pair[1] - pair[0]).collect();
-                let n_used = sizes.iter().take_while(|&&size| size > 0).count();
-                assert!(sizes[n_used..].iter().all(|&size| size == 0), "only the last blocks have nothing to do");
-                let (least, most) = (sizes[..n_used].iter().min(), sizes[..n_used].iter().max());
-                let quota = n_units as usize / n_used;
-                assert!(*least.expect("a block") as usize >= quota - quota / 8, "{n} {longest} {sizes:?}");
-                assert!(*most.expect("a block") as usize <= quota + quota / 8 + 1, "{n} {longest} {sizes:?}");
+                assert!(blocks.is_sorted(), "{n} {longest} {blocks:?}");
+                let costs = costs(work, &units, &blocks);
+                let n_used = costs.iter().take_while(|&&cost| cost > 0).count();
+                assert!(costs[n_used..].iter().all(|&cost| cost == 0), "only the last blocks have nothing to do");
+                let mean = costs.iter().sum::<usize>() / n_used;
+                let most = *costs.iter().max().expect("a block");
+                assert!(most <= mean + mean / 4 + ROW_PAGES, "{n} {longest} {mean} {costs:?}");
             }
         }
+    }
+
+    /// What each block costs, in pages.
+    fn costs(work: AttentionWork, units: &[i32], blocks: &[i32]) -> Vec<usize> {
+        let mut row_starts: Vec<i32> = Vec::new();
+        for seq in units.windows(2).filter(|seq| seq[0] < seq[1]) {
+            let n_pages = (seq[1] - seq[0]) / work.n_tiles as i32;
+            row_starts.extend((0..work.n_tiles as i32).map(|tile| seq[0] + tile * n_pages));
+        }
+        let cost = |block: &[i32]| {
+            let n_inside = row_starts.iter().filter(|&&start| block[0] < start && start < block[1]).count();
+            if block[0] == block[1] { 0 } else { (block[1] - block[0]) as usize + (n_inside + 1) * ROW_PAGES }
+        };
+        blocks.windows(2).map(cost).collect()
+    }
+
+    #[test]
+    fn short_contexts_are_not_all_in_one_block() {
+        let work = AttentionWork { n_blocks: 44, n_tiles: 8, window: 0 };
+        let contexts: Vec<i32> = [12_000; 38].into_iter().chain([200; 12]).collect();
+        let (units, blocks) = shared_out(work, &contexts);
+        let costs = costs(work, &units, &blocks);
+        let (least, most) = (costs.iter().min().expect("a block"), costs.iter().max().expect("a block"));
+        assert!(most - least < most / 10, "{costs:?}");
     }
 
     #[test]
     fn blocks_begin_where_rows_do_if_that_is_near() {
         let work = AttentionWork { n_blocks: 4, n_tiles: 1, window: 0 };
-        assert_eq!(shared_out(work, &[16 * 101, 16 * 99, 16 * 200]).1, [0, 101, 200, 300, 400]);
+        assert_eq!(shared_out(work, &[16 * 101, 16 * 99, 16 * 200]).1, [0, 101, 200, 301, 400]);
     }
 
     #[test]

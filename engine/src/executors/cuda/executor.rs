@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 
 use super::{
     buckets::bucket_for,
+    buffers::page_bytes,
     device::{Event, Gpu},
     inputs::{StepInputs, StepShape},
     ops::Contexts,
@@ -195,6 +196,13 @@ impl Executor for CudaExecutor {
             return Err(Error::Device("collect was called with no step in flight".into()));
         };
         wait(&self.in_flight[index].done, &shape)?;
+        tracing::trace!(
+            rows = shape.n_tokens,
+            decoding = shape.n_decode,
+            decode_context = shape.n_decode_context,
+            prompt_pairs = shape.n_chunk_pairs,
+            "step done"
+        );
         Ok(self.sampling.finish(output, index))
     }
 
@@ -211,6 +219,13 @@ impl Executor for CudaExecutor {
         forward.final_norm(&self.gpu, shape.n_tokens)?;
         let bits: Vec<u16> = forward.buffers.h.read(&self.gpu, 0, n)?;
         Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
+    }
+
+    fn repeat_pages(&mut self, n_pages: usize) -> Result<(), Error> {
+        self.gpu.bind()?;
+        let forward = &self.setup.forward;
+        let n_bytes = n_pages * page_bytes(&forward.spec);
+        forward.kv.layers.iter().try_for_each(|layer| layer.repeat(&self.gpu, n_bytes))
     }
 }
 

@@ -9,6 +9,7 @@ use std::ops::Range;
 use cudarc::driver::sys;
 
 use super::{
+    attention_work::ROW_PAGES,
     buffers::{KvCache, StepBuffers, page_bytes},
     device::Gpu,
     experts::{ExpertRows, Experts},
@@ -432,7 +433,8 @@ impl Forward {
         if !is_beside || self.long_attention_of(Contexts::of(shape.n_blocks)).is_none() {
             return n_sms;
         }
-        let bytes = shape.n_decode_context / PAGE_SIZE * page_bytes(&self.spec);
+        let n_pages = shape.n_decode_context / PAGE_SIZE + shape.n_decode * ROW_PAGES;
+        let bytes = n_pages * page_bytes(&self.spec);
         let flop = shape.n_chunk_pairs * 4 * self.spec.n_heads * self.spec.head_dim;
         decode_share(n_sms, bytes as f64, flop as f64)
     }

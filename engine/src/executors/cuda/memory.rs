@@ -86,6 +86,19 @@ impl DeviceBuffer {
         gpu.synchronize()
     }
 
+    /// Fills the buffer with copies of its first `n_bytes` bytes.
+    pub(super) fn repeat(&self, gpu: &Gpu, n_bytes: usize) -> Result<(), Error> {
+        let mut done = n_bytes.max(1);
+        while done < self.n_bytes {
+            let n = done.min(self.n_bytes - done);
+            // SAFETY: both ranges are in the buffer and do not overlap.
+            unsafe { sys::cuMemcpyDtoDAsync_v2(self.ptr + done as u64, self.ptr, n, gpu.cu_stream()) }
+                .check("cuMemcpyDtoDAsync")?;
+            done += n;
+        }
+        Ok(())
+    }
+
     /// Copies `n` elements from `offset` bytes into the buffer to the host, after all work before.
     pub(super) fn read<T: bytemuck::Pod>(&self, gpu: &Gpu, offset: usize, n: usize) -> Result<Vec<T>, Error> {
         let mut data = vec![T::zeroed(); n];

@@ -57,8 +57,9 @@ DEVICE void load_box(unsigned dst, const TensorMap* map, int column, int row, un
         : "memory");
 }
 
-// Cache policies of createpolicy.fractional: for what passes once (weights, pages) and for what every block reads.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+// L2 cache policies of createpolicy.fractional: for what passes once (weights, pages), for what every block reads, and
+// for everything else.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
 // `n_bytes` in a row, with an L2 policy; addresses and size are multiples of 16.
 DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar, u64 policy) {
@@ -66,6 +67,11 @@ DEVICE void load_bytes(unsigned dst, const void* src, int n_bytes, unsigned bar,
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
         "l"(src), "r"(n_bytes), "r"(bar), "l"(policy)
         : "memory");
+}
+
+// A word with an L2 policy.
+DEVICE void store_word(void* to, u32 word, u64 policy) {
+    asm volatile("st.global.L2::cache_hint.b32 [%0], %1, %2;" ::"l"(to), "r"(word), "l"(policy) : "memory");
 }
 
 // wgmma descriptor of a 128-byte-swizzled tile: groups of eight rows 1024 bytes apart, slabs `slab_bytes` apart

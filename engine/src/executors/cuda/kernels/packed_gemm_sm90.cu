@@ -143,7 +143,8 @@ packed_gemm(const TensorMap* w_map, const unsigned char* extras, const TensorMap
     if (warp >= N_CONSUMERS * 4) {
         if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
         if (warp == N_CONSUMERS * 4 && elect_one()) {
-            const u64 policy = share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
+            // Where x does not fit the L2 cache anyway (down), it is better to keep W for the other tiles of x.
+            const u64 policy = OUTPUT == 3 && share.n_x > 1 ? EVICT_LAST : EVICT_FIRST;
             const auto weights = [&](int slot, int k, int row) {
                 mbarrier_expect(full + 8 * slot, X_BYTES + W_BYTES);
                 load_blocks(w_ring + slot * W_BYTES, w_map, k, row, full + 8 * slot, policy);
@@ -227,11 +228,10 @@ packed_gemm(const TensorMap* w_map, const unsigned char* extras, const TensorMap
             }
             int w_row, x_row;
             share.rows_of(tile, w_row, x_row);
-            const int row = w_row + warp_row, width = GATED ? n_out / 2 : n_out;
-            void* rows = OUTPUT == 1 || OUTPUT == 3 ? (void*)((float*)out + (long long)x_row * width)
-                                                    : (void*)((bf16*)out + (long long)x_row * width);
-            const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
-            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
+            const Result result(out, share, x_row, n_out, n_rows);
+            const int row = w_row + warp_row;
+            const int end = min(result.width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
+            store_tile(acc, result, (GATED ? row / 2 : row) + lane / 4, end);
         }
     }
 }

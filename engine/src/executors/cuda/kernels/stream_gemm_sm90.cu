@@ -148,11 +148,11 @@ stream_gemm(const TensorMap* w_map, const TensorMap* x_map, void* out, int n_out
             if (lane == 0) mbarrier_arrive(empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1));
             int w_row, x_row;
             share.rows_of(tile, w_row, x_row);
-            const int row = w_row + warp * 16, width = GATED ? n_out / 2 : n_out;
+            const Result result(out, share, x_row, n_out, n_rows);
             // GATED: 16 rows of W are 8 of the result.
-            void* rows = GATED ? (bf16*)out + (long long)x_row * width : out;
-            const int end = min(width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
-            store_tile(acc, rows, (GATED ? row / 2 : row) + lane / 4, end, width, n_rows - x_row);
+            const int row = w_row + warp * 16;
+            const int end = min(result.width, GATED ? (w_row + TILE_ROWS) / 2 : w_row + TILE_ROWS);
+            store_tile(acc, result, (GATED ? row / 2 : row) + lane / 4, end);
         }
     }
 }

@@ -24,6 +24,7 @@ constexpr int N_CONSUMERS = TILE_GROUPS * K_GROUPS;
 #endif
 constexpr int THREADS = N_CONSUMERS * 128 + (MANY_REGISTERS ? 128 : 32);
 constexpr int GROUP_X = 8;  // tiles of x that blocks at work at one time share
+constexpr int MANY_X = 4;   // the results of more tiles of x do not fit the L2 cache beside x itself
 static_assert(BN % 8 == 0 && BN <= 256, "BN must be a multiple of 8 up to 256");
 static_assert(TILE_ROWS % 16 == 0 && TILE_ROWS <= 256, "TILE_ROWS must be a multiple of 16 up to 256");
 
@@ -97,10 +98,26 @@ DEVICE unsigned pair_rows(float first, float second, int odd) {
     return odd ? pack_bf16(got, second) : pack_bf16(first, got);
 }
 
-// From registers to global memory. row: of the result, this lane's first; end: of the tile's; width: of a row of the
-// result.
-DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int end, int width, int n_rows) {
-    const int lane = threadIdx.x % 32, t = lane % 4, odd = lane / 4 % 2;
+// Where a tile's results go.
+struct Result {
+    void* rows;         // of the tile's first row of x
+    int width, n_rows;  // numbers of a row; rows that count
+    u64 policy;
+
+    // The results of `n_rows` rows of x, at `out`, from row `x_row` on.
+    __device__ __forceinline__ Result(void* out, const Share& share, int x_row, int n_out, int rows_of_x) {
+        width = GATED ? n_out / 2 : n_out;
+        n_rows = rows_of_x - x_row;
+        constexpr int NUMBER_BYTES = OUTPUT == 1 || OUTPUT == 3 ? 4 : 2;
+        rows = (unsigned char*)out + (long long)x_row * width * NUMBER_BYTES;
+        // Or they would drive out x, which the next round of tiles reads again (docs/log.md).
+        policy = share.n_x > MANY_X ? EVICT_FIRST : EVICT_NORMAL;
+    }
+};
+
+// From registers to global memory. row: of W's results, this lane's first; end: of the tile's.
+DEVICE void store_tile(const float (&acc)[BN / 2], const Result& out, int row, int end) {
+    const int lane = threadIdx.x % 32, t = lane % 4, odd = lane / 4 % 2, width = out.width;
     constexpr bool PAIRS = OUTPUT == 0 || GATED;
     // One pointer that walks: addresses of all columns at once would not fit beside the accumulators.
     long long at = (long long)(2 * t + (PAIRS ? odd : 0)) * width + row - (PAIRS ? odd : 0);
@@ -110,18 +127,19 @@ DEVICE void store_tile(const float (&acc)[BN / 2], void* out, int row, int end, 
         const int column = 8 * j + 2 * t;
         if constexpr (GATED) {
             const unsigned pair = pair_rows(silu(v[0]) * v[2], silu(v[1]) * v[3], odd);
-            if (column + odd < n_rows && row < end) *(unsigned*)((bf16*)out + at) = pair;
+            if (column + odd < out.n_rows && row < end) store_word((bf16*)out.rows + at, pair, out.policy);
         } else if constexpr (PAIRS) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const unsigned pair = pair_rows(v[2 * h], v[2 * h + 1], odd);
-                if (column + odd < n_rows && row + 8 * h < end) *(unsigned*)((bf16*)out + at + 8 * h) = pair;
+                if (column + odd < out.n_rows && row + 8 * h < end)
+                    store_word((bf16*)out.rows + at + 8 * h, pair, out.policy);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float* to = (float*)out + at + (i % 2 ? width : 0) + i / 2 * 8;
-                if (column + i % 2 >= n_rows || row + i / 2 * 8 >= end) continue;
+                float* to = (float*)out.rows + at + (i % 2 ? width : 0) + i / 2 * 8;
+                if (column + i % 2 >= out.n_rows || row + i / 2 * 8 >= end) continue;
                 // One addition a number, so the order does not matter; an atomic need not wait for the old value.
                 if constexpr (OUTPUT == 3) atomicAdd(to, v[i]);
                 else *to = v[i];
