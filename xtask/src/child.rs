@@ -97,6 +97,20 @@ pub fn run(command: &mut Command, interrupt: &Interrupt) -> Result<ExitStatus> {
     }
 }
 
+/// As `run`, for `limit` at most: None if the command was still running then, and was stopped.
+pub fn run_within(command: &mut Command, limit: Duration, interrupt: &Interrupt) -> Result<Option<ExitStatus>> {
+    let started = Instant::now();
+    let mut child = Guarded::spawn(command)?;
+    while started.elapsed() < limit {
+        if let Some(status) = child.0.try_wait()? {
+            return Ok(Some(status));
+        }
+        interrupt.check()?;
+        sleep(POLL);
+    }
+    Ok(None)
+}
+
 /// As `run`, and a failed command is an error that names `what`.
 pub fn run_ok(command: &mut Command, interrupt: &Interrupt, what: &str) -> Result<()> {
     let status = run(command, interrupt)?;

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::bench::read_results;
 use crate::child::{self, Interrupt, Server, http_get};
 use crate::dummy_model::{DummyModel, LLAMA_3_1_8B, QWEN2_0_5B};
+use crate::sanitizer::Sanitizer;
 use crate::table;
 
 const READY_LIMIT: Duration = Duration::from_secs(180);
@@ -323,14 +324,12 @@ impl Check<'_> {
         child::run_ok(&mut command, &self.interrupt, "the comparison with transformers")
     }
 
-    fn sanitize(&self, tool: &str) -> Result<()> {
+    fn sanitize(&self, tool: &'static str) -> Result<()> {
         println!("\n== compute-sanitizer {tool}");
-        let sanitizer = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
+        let program = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
             .context("leave out the part `sanitizer`, or install it")?;
-        let mut command = self.command(&sanitizer);
-        command.args(["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]);
-        command.arg(self.args.bin_dir.join("ember")).arg("cuda-test");
-        child::run_ok(&mut command, &self.interrupt, "the kernel tests under compute-sanitizer")
+        let sanitizer = Sanitizer { program, tool, ember: self.args.bin_dir.join("ember"), gpu: self.args.gpu };
+        sanitizer.run(&self.args.out.join(tool), &self.interrupt)
     }
 
     /// Starts one server per model, and runs its loads.

@@ -13,6 +13,7 @@ mod http_bench;
 mod kernels;
 mod model;
 mod pypi;
+mod sanitizer;
 mod soak;
 mod table;
 mod tidy;

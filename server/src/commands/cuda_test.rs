@@ -15,6 +15,9 @@ pub struct CudaTestArgs {
     /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing: under a sanitizer, for example.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Print the groups of cases for `--only`, one a line, and run nothing.
+    #[arg(long, conflicts_with = "only")]
+    list: bool,
 }
 
 /// Runs the self-test and prints its report; fails if a kernel is wrong.
@@ -23,8 +26,12 @@ pub struct CudaTestArgs {
 /// What the device or its libraries lack.
 #[cfg(feature = "cuda")]
 pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
-    use ember_engine::executors::cuda::{Extent, self_test};
+    use ember_engine::executors::cuda::{Extent, self_test, self_test_groups};
 
+    if args.list {
+        self_test_groups().iter().for_each(|group| println!("{group}"));
+        return Ok(ExitCode::SUCCESS);
+    }
     let extent = args.only.clone().map_or(Extent::Full, Extent::Only);
     let report = self_test(args.device, &extent)?;
     println!("{report}");

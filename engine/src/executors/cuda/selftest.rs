@@ -137,8 +137,7 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
         }
     }
     if cases.is_empty() {
-        let names = models.iter().map(|&(name, _)| name).chain(GROUPS.iter().map(|&(name, _)| name));
-        let names: Vec<String> = names.map(|name| format!("{name:?}")).collect();
+        let names: Vec<String> = self_test_groups().iter().map(|name| format!("{name:?}")).collect();
         let message =
             format!("no model's batch and no group of cases has that in its name; there are {}", names.join(", "));
         return Err(Error::config("--only", message));
@@ -146,6 +145,12 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
     let rates = if matches!(extent, Extent::Only(_)) { None } else { Some(measure(&gpu)?) };
     let seconds = started.elapsed().as_secs_f32();
     Ok(SelfTestReport { device: gpu.name.clone(), cases, tolerance: TOLERANCE, rates, seconds })
+}
+
+/// What the names of [`self_test`]'s cases begin with: each case is of one of these groups, for [`Extent::Only`].
+pub fn self_test_groups() -> Vec<String> {
+    let models = models().into_iter().map(|(name, _)| format!("{name}: "));
+    models.chain(GROUPS.iter().map(|&(name, _)| name.to_owned())).collect()
 }
 
 /// Tiny models that take every branch of the kernels.
@@ -349,6 +354,14 @@ mod tests {
         for width in COLUMNS.windows(2).filter(|width| width[0] >= 32) {
             let is_run = chunks.iter().any(|chunk| (width[0] + 1..=width[1]).contains(chunk));
             assert!(is_run, "no batch has steps of {} to {} rows", width[0] + 1, width[1]);
+        }
+    }
+
+    #[test]
+    fn no_group_is_part_of_another() {
+        let groups = self_test_groups();
+        for group in &groups {
+            assert_eq!(groups.iter().filter(|other| other.contains(group.as_str())).count(), 1, "{group}");
         }
     }
 
