@@ -160,8 +160,6 @@ pub(super) fn run(
             weights?,
         ))
     })?;
-    let (free, total) = gpu.memory()?;
-    let after_weights = total - free;
     tracing::info!("weights loaded and kernels ready in {:.1} s", started.elapsed().as_secs_f32());
 
     let group = spec.n_heads / spec.n_kv_heads;
@@ -221,12 +219,11 @@ pub(super) fn run(
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
     let (free, _) = gpu.memory()?;
     let description = format!(
-        "{}, bfloat16: {:.2} GiB in use after the weights ({:.2} GiB unpacked), {:.2} GiB step buffers, KV cache {:.2} GiB \
-         ({} tokens); {:.2} of {:.2} GiB in use",
+        "{}, bfloat16: {:.2} GiB for weights ({:.2} GiB unpacked) and step buffers, KV cache {:.2} GiB ({} tokens); \
+         {:.2} of {:.2} GiB in use",
         gpu.name,
-        gib(after_weights),
+        gib(inputs.used),
         gib(spec.n_parameters() * 2),
-        gib(inputs.used.saturating_sub(after_weights)),
         gib(n_pages * inputs.page),
         n_pages * PAGE_SIZE,
         gib(total - free),
