@@ -15,7 +15,7 @@ pub struct CudaTestArgs {
     /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing: under a sanitizer, for example.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Print the groups of cases for `--only`, one a line, and run nothing.
+    /// Print names for `--only` that make up all cases, one a line, and run nothing.
     #[arg(long, conflicts_with = "only")]
     list: bool,
 }
@@ -26,10 +26,10 @@ pub struct CudaTestArgs {
 /// What the device or its libraries lack.
 #[cfg(feature = "cuda")]
 pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
-    use ember_engine::executors::cuda::{Extent, self_test, self_test_groups};
+    use ember_engine::executors::cuda::{Extent, self_test, self_test_parts};
 
     if args.list {
-        self_test_groups().iter().for_each(|group| println!("{group}"));
+        self_test_parts().iter().for_each(|part| println!("{part}"));
         return Ok(ExitCode::SUCCESS);
     }
     let extent = args.only.clone().map_or(Extent::Full, Extent::Only);

@@ -46,7 +46,7 @@ mod stream_gemm;
 mod tensor_map;
 
 pub use executor::CudaExecutor;
-pub use selftest::{Extent, Rates, SelfTestReport, self_test, self_test_groups};
+pub use selftest::{Extent, Rates, SelfTestReport, self_test, self_test_parts};
 
 /// Whether a CUDA device and the libraries that this executor needs are there.
 pub fn is_available() -> bool {

@@ -137,7 +137,7 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
         }
     }
     if cases.is_empty() {
-        let names: Vec<String> = self_test_groups().iter().map(|name| format!("{name:?}")).collect();
+        let names: Vec<String> = self_test_parts().iter().map(|name| format!("{name:?}")).collect();
         let message =
             format!("no model's batch and no group of cases has that in its name; there are {}", names.join(", "));
         return Err(Error::config("--only", message));
@@ -147,9 +147,13 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
     Ok(SelfTestReport { device: gpu.name.clone(), cases, tolerance: TOLERANCE, rates, seconds })
 }
 
-/// What the names of [`self_test`]'s cases begin with: each case is of one of these groups, for [`Extent::Only`].
-pub fn self_test_groups() -> Vec<String> {
-    let models = models().into_iter().map(|(name, _)| format!("{name}: "));
+/// Names for [`Extent::Only`], each of a batch of a model or of a group of further cases, which make up all of [`self_test`]'s.
+pub fn self_test_parts() -> Vec<String> {
+    let of_model = |(i, (name, _)): (usize, (&str, DecoderSpec))| {
+        let batches = batches(&Extent::Full, name, i == 0);
+        batches.into_iter().map(|batch| format!("{name}: {}", batch.name)).collect::<Vec<_>>()
+    };
+    let models = models().into_iter().enumerate().flat_map(of_model);
     models.chain(GROUPS.iter().map(|&(name, _)| name.to_owned())).collect()
 }
 
@@ -358,10 +362,10 @@ mod tests {
     }
 
     #[test]
-    fn no_group_is_part_of_another() {
-        let groups = self_test_groups();
-        for group in &groups {
-            assert_eq!(groups.iter().filter(|other| other.contains(group.as_str())).count(), 1, "{group}");
+    fn parts_are_chosen_one_by_one() {
+        let parts = self_test_parts();
+        for part in &parts {
+            assert_eq!(parts.iter().filter(|other| other.contains(part.as_str())).count(), 1, "{part}");
         }
     }
 
