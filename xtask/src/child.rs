@@ -86,19 +86,12 @@ impl Drop for Guarded {
 
 /// Runs a command to its end, its output shown; stops it when interrupted.
 pub fn run(command: &mut Command, interrupt: &Interrupt) -> Result<ExitStatus> {
-    interrupt.check()?;
-    let mut child = Guarded::spawn(command)?;
-    loop {
-        if let Some(status) = child.0.try_wait()? {
-            return Ok(status);
-        }
-        interrupt.check()?;
-        sleep(POLL);
-    }
+    Ok(run_within(command, Duration::MAX, interrupt)?.expect("no limit passes"))
 }
 
 /// As `run`, for `limit` at most: None if the command was still running then, and was stopped.
 pub fn run_within(command: &mut Command, limit: Duration, interrupt: &Interrupt) -> Result<Option<ExitStatus>> {
+    interrupt.check()?;
     let started = Instant::now();
     let mut child = Guarded::spawn(command)?;
     while started.elapsed() < limit {
