@@ -78,13 +78,13 @@ pub trait Executor: Send {
     /// [`Error::Device`], as of [`Executor::launch`].
     fn hidden_states(&mut self, step: &StepInput) -> Result<Vec<f32>, Error>;
 
-    /// Fills the KV cache with copies of its first `n_pages` pages, while no step is in flight: for measurements on
-    /// devices whose clock depends on the numbers that they work on. Others do nothing.
+    /// Fills the KV cache with copies of the keys and values of `step`, whose pages are the first ones, while no step is
+    /// in flight: for measurements on devices whose clock depends on the numbers that they work on. Others do nothing.
     ///
     /// # Errors
     /// [`Error::Device`], as of [`Executor::launch`].
-    fn repeat_pages(&mut self, n_pages: usize) -> Result<(), Error> {
-        let _ = n_pages;
+    fn fill_cache(&mut self, step: StepInput) -> Result<(), Error> {
+        let _ = step;
         Ok(())
     }
 }

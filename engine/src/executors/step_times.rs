@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path, str::FromStr, sync::Arc, time::Instant};
 
-use super::{Executor, create};
+use super::{Capacity, Executor, create};
 use crate::{
     EngineConfig, Error, SamplingParams,
     models::Model,
@@ -86,15 +86,9 @@ pub fn step_times(
 /// Puts keys and values as they come in use into the cache: multiplying zeros takes less power, so that a device at its
 /// limit would be faster than it is in use.
 fn fill_cache(executor: &mut dyn Executor, vocab: usize) -> Result<(), Error> {
-    let capacity = executor.capacity();
-    let n_pages = (N_CONTEXT.min(capacity.max_num_batched_tokens) / PAGE_SIZE).min(capacity.n_pages);
-    if n_pages == 0 {
-        return Ok(());
-    }
-    let n_tokens = (n_pages * PAGE_SIZE) as u32;
-    executor.launch(step(&StepLoad { text: String::new(), seqs: vec![(n_tokens, n_tokens)] }, vocab))?;
-    executor.collect()?;
-    executor.repeat_pages(n_pages)
+    let &Capacity { n_pages, max_num_batched_tokens, max_model_len, .. } = executor.capacity();
+    let n_tokens = N_CONTEXT.min(max_num_batched_tokens).min(max_model_len).min(n_pages * PAGE_SIZE) as u32;
+    executor.fill_cache(step(&StepLoad { text: String::new(), seqs: vec![(n_tokens, n_tokens)] }, vocab))
 }
 
 fn time(executor: &mut dyn Executor, load: &StepLoad, vocab: usize, n_steps: usize) -> Result<StepTime, Error> {

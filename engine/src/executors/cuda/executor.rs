@@ -221,8 +221,10 @@ impl Executor for CudaExecutor {
         Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
     }
 
-    fn repeat_pages(&mut self, n_pages: usize) -> Result<(), Error> {
-        self.gpu.bind()?;
+    fn fill_cache(&mut self, step: StepInput) -> Result<(), Error> {
+        let n_pages = step.block_tables.len();
+        self.launch(step)?;
+        self.collect()?;
         let forward = &self.setup.forward;
         let n_bytes = n_pages * page_bytes(&forward.spec);
         forward.kv.layers.iter().try_for_each(|layer| layer.repeat(&self.gpu, n_bytes))
