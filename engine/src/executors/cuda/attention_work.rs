@@ -116,7 +116,9 @@ mod tests {
                 assert!(costs[n_used..].iter().all(|&cost| cost == 0), "only the last blocks have nothing to do");
                 let mean = costs.iter().sum::<usize>() / n_used;
                 let most = *costs.iter().max().expect("a block");
-                assert!(most <= mean + mean / 4 + ROW_PAGES, "{n} {longest} {mean} {costs:?}");
+                assert!(most <= mean + ROW_PAGES + MIN_UNITS, "{n} {longest} {mean} {costs:?}");
+                let least = *costs[..n_used - 1].iter().min().unwrap_or(&most);
+                assert!(least + ROW_PAGES + MIN_UNITS > most, "{n} {longest} {costs:?}");
             }
         }
     }

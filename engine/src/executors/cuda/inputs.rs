@@ -3,7 +3,10 @@
 //! The block starts with what a decode step needs, each array at its place for the largest batch, so that addresses
 //! in CUDA graphs never change; the arrays of a step with prompt chunks follow and travel only with such steps.
 
-use super::{attention_work::AttentionWork, memory::PinnedBuffer, prompt_contexts::PromptGroup};
+use super::{
+    attention_work::AttentionWork, long_attention::LongAttention, memory::PinnedBuffer, ops::Contexts,
+    prompt_contexts::PromptGroup,
+};
 use crate::step::{SampleRow, StepInput, StepSeq};
 
 /// Query rows of one tile of the prefill kernel, heads packed in.
@@ -230,7 +233,9 @@ impl StepInputs {
         bucket: Option<usize>,
     ) -> usize {
         pack_block(self.block.as_mut_slice(), layout, step, bucket);
-        pack_work(self.block.as_mut_slice(), layout, bucket.unwrap_or(shape.n_decode), shape.decode_blocks);
+        if LongAttention::takes(Contexts::of(shape.n_blocks)) {
+            pack_work(self.block.as_mut_slice(), layout, bucket.unwrap_or(shape.n_decode), shape.decode_blocks);
+        }
         pack_block_tables(self.block_tables.as_mut_slice(), step, shape.n_blocks);
         match bucket {
             Some(_) => layout.n_decode_words * 4,
