@@ -34,11 +34,15 @@ pub struct GpuCheckArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     gpu: u32,
     /// Only these parts.
-    #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,reference,sanitizer,speed")]
+    #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,reference,memcheck,racecheck,speed")]
     only: Vec<Part>,
     /// Of the speed loads, only those whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     load: String,
+    /// The compute-sanitizer to use. Default: that of CUDA_PATH. racecheck needs one of CUDA 13.5 or later for models
+    /// whose weights are not packed: earlier ones fail at cuBLASLt's kernels.
+    #[arg(long, value_name = "FILE")]
+    sanitizer: Option<PathBuf>,
     /// How long the part `soak` takes.
     #[arg(long, value_name = "MINUTES", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     soak_minutes: u64,
@@ -55,8 +59,10 @@ enum Part {
     Kernels,
     /// Tiny checkpoints against `transformers` in float32; needs Python with torch and transformers.
     Reference,
-    /// The kernel tests under compute-sanitizer.
-    Sanitizer,
+    /// The kernel tests under compute-sanitizer's memcheck.
+    Memcheck,
+    /// The kernel tests under its racecheck.
+    Racecheck,
     /// The loads, over HTTP.
     Speed,
     /// Long prompts for minutes on one server, with core dumps of the device: for faults that are rare.
@@ -270,8 +276,8 @@ pub fn run(args: &GpuCheckArgs) -> Result<()> {
     if args.only.contains(&Part::Reference) {
         outcome.add_verdict("transformers", check.reference());
     }
-    if args.only.contains(&Part::Sanitizer) {
-        for tool in ["memcheck", "racecheck"] {
+    for (part, tool) in [(Part::Memcheck, "memcheck"), (Part::Racecheck, "racecheck")] {
+        if args.only.contains(&part) {
             outcome.add_verdict(tool, check.sanitize(tool));
         }
     }
@@ -326,8 +332,11 @@ impl Check<'_> {
 
     fn sanitize(&self, tool: &'static str) -> Result<()> {
         println!("\n== compute-sanitizer {tool}");
-        let program = cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
-            .context("leave out the part `sanitizer`, or install it")?;
+        let program = match &self.args.sanitizer {
+            Some(program) => program.clone(),
+            None => cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
+                .context("name one with --sanitizer, or leave out the parts memcheck and racecheck")?,
+        };
         let sanitizer = Sanitizer { program, tool, ember: self.args.bin_dir.join("ember"), gpu: self.args.gpu };
         sanitizer.run(&self.args.out.join(tool), &self.interrupt)
     }

@@ -11,8 +11,16 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::child::{Interrupt, run_within};
 
-/// For a part. The tool slows some kernels down a thousandfold.
-const LIMIT: Duration = Duration::from_secs(540);
+/// For parts that share a process. The tool slows some kernels down a thousandfold.
+const LIMIT: Duration = Duration::from_secs(1800);
+/// Most parts of a model in one process: its start costs as much as some parts, and all cores should have work.
+const MOST_PARTS: usize = 6;
+/// Hazards that racecheck leaves room for. It goes through all of the room after each launch: three times as long with
+/// its default, ten million.
+const MOST_HAZARDS: (&str, &str) = ("NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS", "10000");
+/// Of racecheck: cuBLASLt's kernels fail under it, and as many threads of its own as there are cores hold up the other
+/// processes.
+const RACECHECK_ARGS: [&str; 4] = ["--kernel-name-exclude", "kns=nvjet", "--racecheck-num-workers", "2"];
 
 /// One of the tools, and what it watches.
 pub struct Sanitizer {
@@ -25,27 +33,30 @@ pub struct Sanitizer {
 }
 
 impl Sanitizer {
-    /// Runs every part of `ember cuda-test` in a process of its own, with its output in a file of `logs`, and tells how it
-    /// went. One that fails, or does not end, is an error once all have ended.
+    /// Runs every part of `ember cuda-test`, briefly, a few of a model in each process, with their output in a file of
+    /// `logs`, and tells how it went. One that fails, or does not end, is an error once all have ended.
     pub fn run(&self, logs: &Path, interrupt: &Interrupt) -> Result<()> {
         fs::create_dir_all(logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let parts = self.parts()?;
-        let (waiting, n_failed) = (Mutex::new(parts.iter().enumerate()), Mutex::new(0));
+        let of_models: Vec<&[String]> = parts.chunk_by(|a, b| model_of(a) == model_of(b)).collect();
+        let groups: Vec<&[String]> = of_models.iter().flat_map(|parts| parts.chunks(MOST_PARTS)).collect();
+        let (waiting, n_failed) = (Mutex::new(groups.iter().enumerate()), Mutex::new(0));
         let next = || waiting.lock().expect("no thread panics").next();
         thread::scope(|scope| {
             for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
                 scope.spawn(|| {
-                    while let Some((i, part)) = next() {
-                        let verdict = self.watch(part, &logs.join(format!("{i}.log")), interrupt);
+                    while let Some((i, group)) = next() {
+                        let verdict = self.watch(group, &logs.join(format!("{i}.log")), interrupt);
                         *n_failed.lock().expect("no thread panics") += usize::from(verdict.is_err());
-                        println!("{part:<56} {}", verdict.unwrap_or_else(|err| format!("FAILED: {err:#}")));
+                        println!("{}", group.join("\n"));
+                        println!("    {}", verdict.unwrap_or_else(|err| format!("FAILED: {err:#}")));
                     }
                 });
             }
         });
         interrupt.check()?;
         let n_failed = n_failed.into_inner().expect("no thread panics");
-        ensure!(n_failed == 0, "{} failed for {n_failed} of {} parts of the kernel tests", self.tool, parts.len());
+        ensure!(n_failed == 0, "{} failed in {n_failed} of {} processes of kernel tests", self.tool, groups.len());
         Ok(())
     }
 
@@ -57,13 +68,19 @@ impl Sanitizer {
         Ok(parts)
     }
 
-    /// Runs one part; the tool's last line.
-    fn watch(&self, part: &str, log: &Path, interrupt: &Interrupt) -> Result<String> {
+    /// Runs some parts; the tool's last line.
+    fn watch(&self, parts: &[String], log: &Path, interrupt: &Interrupt) -> Result<String> {
         let started = Instant::now();
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         let mut command = Command::new(&self.program);
         command.args(["--tool", self.tool, "--error-exitcode", "9", "--print-limit", "20"]);
-        command.arg(&self.ember).args(["cuda-test", "--only", part]);
+        if self.tool == "racecheck" {
+            command.args(RACECHECK_ARGS).env(MOST_HAZARDS.0, MOST_HAZARDS.1);
+        }
+        command.arg(&self.ember).args(["cuda-test", "--brief"]);
+        for part in parts {
+            command.args(["--only", part]);
+        }
         command.env("CUDA_VISIBLE_DEVICES", self.gpu.to_string()).stderr(file.try_clone()?).stdout(file);
         match run_within(&mut command, LIMIT, interrupt)? {
             None => bail!("it did not end within {} s ({})", LIMIT.as_secs(), log.display()),
@@ -74,6 +91,11 @@ impl Sanitizer {
         let summary = text.lines().rfind(|line| line.contains("SUMMARY")).context("the tool says no summary")?;
         Ok(format!("{} ({} s)", summary.trim_start_matches(['=', ' ']), started.elapsed().as_secs()))
     }
+}
+
+/// What comes before the colon of a part's name.
+fn model_of(part: &str) -> &str {
+    part.split_once(':').map_or(part, |(model, _)| model)
 }
 
 #[cfg(test)]
@@ -93,13 +115,17 @@ mod tests {
     fn every_part_is_watched_and_one_failure_is_told() -> Result<()> {
         let dir = xshell::Shell::new()?.create_temp_dir()?;
         let interrupt = Interrupt::install()?;
-        let list = "[ \"$2\" = --list ] && { echo one; echo two; exit 0; }";
-        let clean = scripted(dir.path(), &format!("{list}\necho '========= ERROR SUMMARY: 0 errors'"));
+        let list = "[ \"$2\" = --list ] && { seq -f 'llama: %g' 8; echo 'qwen2: one'; echo experts; exit 0; }";
+        let clean = scripted(dir.path(), &format!("{list}\necho \"$@\"\necho '========= ERROR SUMMARY: 0 errors'"));
         clean.run(&dir.path().join("clean"), &interrupt)?;
-        assert_eq!(fs::read_dir(dir.path().join("clean"))?.count(), 2);
-        let broken = format!("{list}\n[ \"${{10}}\" = two ] && exit 9\necho '========= ERROR SUMMARY: 0 errors'");
+        let logs = |i| fs::read_to_string(dir.path().join(format!("clean/{i}.log")));
+        let logs = [logs(0)?, logs(1)?, logs(2)?, logs(3)?];
+        assert!(logs[0].contains("cuda-test --brief --only llama: 1 --only llama: 2 "), "{}", logs[0]);
+        assert!(logs[1].contains("--brief --only llama: 7 --only llama: 8\n"), "{}", logs[1]);
+        assert!(logs[2].contains("--only qwen2: one\n") && logs[3].contains("--only experts\n"), "{logs:?}");
+        let broken = format!("{list}\n[ \"${{11}}\" = experts ] && exit 9\necho '========= ERROR SUMMARY: 0 errors'");
         let err = scripted(dir.path(), &broken).run(&dir.path().join("broken"), &interrupt).expect_err("an error");
-        assert_eq!(err.to_string(), "memcheck failed for 1 of 2 parts of the kernel tests");
+        assert_eq!(err.to_string(), "memcheck failed in 1 of 4 processes of kernel tests");
         Ok(())
     }
 }

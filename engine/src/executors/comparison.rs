@@ -11,8 +11,8 @@ use crate::{
     step::{Banned, PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepSeq, TokenHistory},
 };
 
-/// Tokens decoded after each prompt.
-const N_DECODE: usize = 12;
+/// Tokens that most batches choose after each prompt.
+pub const N_OUTPUTS: usize = 12;
 
 /// One batch: prompt lengths, and the most prompt tokens of a step.
 pub struct Batch {
@@ -22,6 +22,8 @@ pub struct Batch {
     pub prompts: Vec<usize>,
     /// Most tokens of a step.
     pub chunk: usize,
+    /// Tokens chosen after each prompt.
+    pub n_outputs: usize,
 }
 
 /// How a batch's tokens are chosen.
@@ -33,7 +35,8 @@ pub enum Choice<'a> {
     Forced(&'a [Vec<u32>]),
     /// The same, and the prompts' log-probabilities are not asked for.
     ForcedOutputs(&'a [Vec<u32>]),
-    /// The best ones, after each sequence's logits were edited in a way of its own. With log-probabilities or without.
+    /// The best ones or random ones, after each sequence's logits were edited in a way of its own. With log-probabilities
+    /// of them or without; those of the prompts are not asked for.
     Edited { logprobs: bool },
 }
 
@@ -75,7 +78,7 @@ pub fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
     ((seq * 7919 + position * 104_729 + 17) % vocab) as u32
 }
 
-/// Parameters, bans and history of sequence `seq`, which has `tokens`, `n_prompt` of them its prompt.
+/// Parameters, seed, bans and history of sequence `seq`, which has `tokens`, `n_prompt` of them its prompt.
 fn edited_row(row: &mut SampleRow, seq: usize, tokens: &[u32], n_prompt: usize) {
     let mut params = SamplingParams { temperature: 0.0, logprobs: row.params.logprobs, ..SamplingParams::default() };
     let step = tokens.len() - n_prompt;
@@ -94,6 +97,17 @@ fn edited_row(row: &mut SampleRow, seq: usize, tokens: &[u32], n_prompt: usize) 
     row.history = params
         .has_penalties()
         .then(|| TokenHistory { prompt: tokens[..n_prompt].into(), output: tokens[n_prompt..].to_vec() });
+    if seq % 5 > 0 {
+        (params.temperature, row.seed) = (1.3 - 0.2 * (seq % 5) as f32, 7 << 32 | seq as u64);
+        match seq % 7 {
+            0 => params.top_k = 40,
+            1 => params.top_p = 0.9,
+            2 => params.min_p = 0.05,
+            3 => (params.top_k, params.top_p) = (50, 0.8),
+            4 => (params.top_p, params.min_p) = (0.95, 0.02),
+            _ => {}
+        }
+    }
     row.params = Arc::new(params);
 }
 
@@ -106,12 +120,12 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
     let mut tokens: Vec<Vec<u32>> = (0..n)
         .map(|seq| (0..batch.prompts[seq]).map(|position| prompt_token(seq, position, vocab)).collect())
         .collect();
-    let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + N_DECODE).div_ceil(PAGE_SIZE);
+    let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + batch.n_outputs).div_ceil(PAGE_SIZE);
     let mut scores = Scores { tokens: vec![Vec::new(); n], prompts: vec![Vec::new(); n], outputs: vec![Vec::new(); n] };
     let mut done = vec![0usize; n];
-    while scores.tokens.iter().any(|output| output.len() < N_DECODE) {
+    while scores.tokens.iter().any(|output| output.len() < batch.n_outputs) {
         let mut plan: Vec<(usize, usize)> = (0..n)
-            .filter(|&seq| scores.tokens[seq].len() < N_DECODE)
+            .filter(|&seq| scores.tokens[seq].len() < batch.n_outputs)
             .map(|seq| (seq, tokens[seq].len() - done[seq]))
             .collect();
         plan.sort_by_key(|&(_, n_tokens)| n_tokens != 1);
@@ -136,7 +150,7 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
             step.block_tables.extend(first_page..first_page + end.div_ceil(PAGE_SIZE) as u32);
             let n_prompt = batch.prompts[seq];
             let targets = tokens[seq][(done[seq] + 1).min(n_prompt)..(end + 1).min(n_prompt)].to_vec();
-            let is_scored = !targets.is_empty() && !matches!(choice, Choice::ForcedOutputs(_));
+            let is_scored = !targets.is_empty() && matches!(choice, Choice::Greedy | Choice::Forced(_));
             step.seqs.push(StepSeq {
                 slot: seq as u32,
                 query_start,

@@ -12,9 +12,12 @@ pub struct CudaTestArgs {
     /// Index of the device, after CUDA_VISIBLE_DEVICES.
     #[arg(long, default_value_t = 0)]
     device: usize,
-    /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing: under a sanitizer, for example.
+    /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing. Can be given more than once.
     #[arg(long, value_name = "NAME")]
-    only: Option<String>,
+    only: Vec<String>,
+    /// Run every kernel of the cases, but few steps: for a sanitizer, under which each takes a second.
+    #[arg(long, requires = "only")]
+    brief: bool,
     /// Print names for `--only` that make up all cases, one a line, and run nothing.
     #[arg(long, conflicts_with = "only")]
     list: bool,
@@ -32,7 +35,10 @@ pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
         self_test_parts().iter().for_each(|part| println!("{part}"));
         return Ok(ExitCode::SUCCESS);
     }
-    let extent = args.only.clone().map_or(Extent::Full, Extent::Only);
+    let extent = match args.only.as_slice() {
+        [] => Extent::Full,
+        names => Extent::Only { names: names.to_vec(), is_brief: args.brief },
+    };
     let report = self_test(args.device, &extent)?;
     println!("{report}");
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

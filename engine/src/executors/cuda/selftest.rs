@@ -24,7 +24,7 @@ use crate::{
     executors::{
         Executor,
         burn::BurnExecutor,
-        comparison::{Batch, Choice, prompt_token, run},
+        comparison::{Batch, Choice, N_OUTPUTS, prompt_token, run},
     },
     weights::{DType, dummy::DummySource},
 };
@@ -40,9 +40,14 @@ pub enum Extent {
     Quick,
     /// All.
     Full,
-    /// Models' batches (`MODEL: BATCH`) and groups of cases whose names contain this, without the measurements: what a
-    /// sanitizer has time for, or can follow.
-    Only(String),
+    /// Models' batches (`MODEL: BATCH`) and groups of cases whose names contain one of these, without the measurements:
+    /// what a sanitizer has time for, or can follow.
+    Only {
+        /// Parts of names.
+        names: Vec<String>,
+        /// Every kernel of a case, but few steps: under a sanitizer each takes a second.
+        is_brief: bool,
+    },
 }
 
 impl Extent {
@@ -50,10 +55,17 @@ impl Extent {
     fn has(&self, name: &str) -> bool {
         match self {
             Self::Quick | Self::Full => true,
-            Self::Only(part) => name.contains(part.as_str()),
+            Self::Only { names, .. } => names.iter().any(|part| name.contains(part.as_str())),
         }
     }
+
+    fn is_brief(&self) -> bool {
+        matches!(self, Self::Only { is_brief: true, .. })
+    }
 }
+
+/// Tokens after each prompt in a brief run: one of a prompt's step, one of a decode step.
+const N_BRIEF_OUTPUTS: usize = 2;
 
 /// Further cases of [`Extent::Full`], by what all of their names begin with.
 type Group = fn(&Gpu, &DecoderSpec) -> Result<Vec<(String, f32)>, Error>;
@@ -124,7 +136,7 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
         if batches.is_empty() {
             continue;
         }
-        for (case, difference) in compare(spec, device, &batches)? {
+        for (case, difference) in compare(spec, device, &batches, extent.is_brief())? {
             cases.push((format!("{name}: {case}"), difference));
         }
     }
@@ -142,7 +154,7 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
             format!("no model's batch and no group of cases has that in its name; there are {}", names.join(", "));
         return Err(Error::config("--only", message));
     }
-    let rates = if matches!(extent, Extent::Only(_)) { None } else { Some(measure(&gpu)?) };
+    let rates = if matches!(extent, Extent::Only { .. }) { None } else { Some(measure(&gpu)?) };
     let seconds = started.elapsed().as_secs_f32();
     Ok(SelfTestReport { device: gpu.name.clone(), cases, tolerance: TOLERANCE, rates, seconds })
 }
@@ -233,13 +245,15 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
 
 /// The batches that a model runs; the first one also runs steps of every width that products have kernels for.
 fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
+    let n_outputs = if extent.is_brief() { N_BRIEF_OUTPUTS } else { N_OUTPUTS };
+    let batch = |name, prompts, chunk| Batch { name, prompts, chunk, n_outputs };
     let mut batches = vec![
-        Batch { name: "one sequence", prompts: vec![37], chunk: 512 },
-        Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 512 },
-        Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61 },
-        Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512 },
-        Batch { name: "twenty", prompts: (0..20).map(|i| 3 + 11 * i).collect(), chunk: 512 },
-        Batch { name: "sixteen, to 1,390 tokens", prompts: (0..16).map(|i| 40 + 90 * i).collect(), chunk: 1024 },
+        batch("one sequence", vec![37], 512),
+        batch("five, awkward lengths", vec![1, 15, 16, 17, 300], 512),
+        batch("five in chunks", vec![1, 15, 16, 17, 300], 61),
+        batch("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512),
+        batch("twenty", (0..20).map(|i| 3 + 11 * i).collect(), 512),
+        batch("sixteen, to 1,390 tokens", (0..16).map(|i| 40 + 90 * i).collect(), 1024),
     ];
     if *extent == Extent::Quick {
         batches.drain(..2);
@@ -257,16 +271,16 @@ fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
             ("steps of 230 rows", 230),
             ("steps of 250 rows", 250),
         ];
-        batches.extend(widths.map(|(name, chunk)| Batch { name, prompts: vec![2 * chunk], chunk }));
+        batches.extend(widths.map(|(name, chunk)| batch(name, vec![2 * chunk], chunk)));
         // Together longer than a context may be: more than prefill attention reads at a time.
-        batches.push(Batch { name: "two of 1,700 tokens in chunks", prompts: vec![1700, 1700], chunk: 1024 });
+        batches.push(batch("two of 1,700 tokens in chunks", vec![1700, 1700], 1024));
     }
     batches.retain(|batch| extent.has(&format!("{model}: {}", batch.name)));
     batches
 }
 
 /// Runs the batches on both executors.
-fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch]) -> Result<Vec<(String, f32)>, Error> {
+fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch], is_brief: bool) -> Result<Vec<(String, f32)>, Error> {
     let source = DummySource::new(spec.clone(), 1, DType::BF16)?;
     let config = EngineConfig {
         max_num_seqs: Some(32),
@@ -281,13 +295,15 @@ fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch]) -> Result<Vec<(
         let expected = run(&mut oracle, batch, spec.vocab_size, Choice::Greedy)?;
         let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens))?;
         cases.push((batch.name.to_owned(), expected.difference(&forced)));
-        // The device's own sampler against the host's, on the same logits.
-        let greedy = run(&mut tuned, batch, spec.vocab_size, Choice::Greedy)?;
-        let rescored = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&greedy.tokens))?;
-        let best = rescored.outputs.iter().flatten().all(|entry| entry.rank == 1);
-        let difference = if best { greedy.difference(&rescored) } else { f32::INFINITY };
-        cases.push((format!("{}, sampled on the device", batch.name), difference));
-        // Logits edited on the device against those that the host edits, for log-probabilities are wanted of them.
+        // The device's own sampler against the host's, on the same logits. Its kernel runs in the next cases, too.
+        if !is_brief {
+            let greedy = run(&mut tuned, batch, spec.vocab_size, Choice::Greedy)?;
+            let rescored = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&greedy.tokens))?;
+            let best = rescored.outputs.iter().flatten().all(|entry| entry.rank == 1);
+            let difference = if best { greedy.difference(&rescored) } else { f32::INFINITY };
+            cases.push((format!("{}, sampled on the device", batch.name), difference));
+        }
+        // Logits edited and sampled on the device against the same on the host, for log-probabilities are wanted of them.
         let [on_device, on_host] =
             [false, true].map(|logprobs| run(&mut tuned, batch, spec.vocab_size, Choice::Edited { logprobs }));
         let difference = if on_device?.tokens == on_host?.tokens { 0.0 } else { f32::INFINITY };
@@ -369,10 +385,14 @@ mod tests {
         }
     }
 
+    fn only(part: &str) -> Extent {
+        Extent::Only { names: vec![part.into()], is_brief: false }
+    }
+
     #[test]
     fn cases_are_chosen_by_their_names() {
-        let names = |only: &str, model| -> Vec<_> {
-            batches(&Extent::Only(only.into()), model, false).iter().map(|batch| batch.name).collect()
+        let names = |part: &str, model| -> Vec<_> {
+            batches(&only(part), model, false).iter().map(|batch| batch.name).collect()
         };
         assert_eq!(names("llama: five in", "llama"), ["five in chunks"]);
         assert_eq!(names("twe", "llama"), ["twelve", "twenty"]);
