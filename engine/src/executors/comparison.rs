@@ -11,9 +11,6 @@ use crate::{
     step::{Banned, PAGE_SIZE, PromptLogprobs, SampleRow, StepInput, StepSeq, TokenHistory},
 };
 
-/// Tokens that most batches choose after each prompt.
-pub const N_OUTPUTS: usize = 12;
-
 /// One batch: prompt lengths, and the most prompt tokens of a step.
 pub struct Batch {
     /// The case's name.
@@ -24,6 +21,15 @@ pub struct Batch {
     pub chunk: usize,
     /// Tokens chosen after each prompt.
     pub n_outputs: usize,
+    /// Whether some of the sequences whose logits are edited draw their tokens at random.
+    pub draws: bool,
+}
+
+impl Batch {
+    /// Of twelve tokens after each prompt, random ones, too.
+    pub fn new(name: &'static str, prompts: Vec<usize>, chunk: usize) -> Self {
+        Self { name, prompts, chunk, n_outputs: 12, draws: true }
+    }
 }
 
 /// How a batch's tokens are chosen.
@@ -78,8 +84,9 @@ pub fn prompt_token(seq: usize, position: usize, vocab: usize) -> u32 {
     ((seq * 7919 + position * 104_729 + 17) % vocab) as u32
 }
 
-/// Parameters, seed, bans and history of sequence `seq`, which has `tokens`, `n_prompt` of them its prompt.
-fn edited_row(row: &mut SampleRow, seq: usize, tokens: &[u32], n_prompt: usize) {
+/// Parameters, seed, bans and history of sequence `seq` of `batch`, which has `tokens` so far.
+fn edited_row(row: &mut SampleRow, batch: &Batch, seq: usize, tokens: &[u32]) {
+    let n_prompt = batch.prompts[seq];
     let mut params = SamplingParams { temperature: 0.0, logprobs: row.params.logprobs, ..SamplingParams::default() };
     let step = tokens.len() - n_prompt;
     match seq % 6 {
@@ -97,7 +104,7 @@ fn edited_row(row: &mut SampleRow, seq: usize, tokens: &[u32], n_prompt: usize) 
     row.history = params
         .has_penalties()
         .then(|| TokenHistory { prompt: tokens[..n_prompt].into(), output: tokens[n_prompt..].to_vec() });
-    if seq % 5 > 0 {
+    if batch.draws && seq % 5 > 0 {
         (params.temperature, row.seed) = (1.3 - 0.2 * (seq % 5) as f32, 7 << 32 | seq as u64);
         match seq % 7 {
             0 => params.top_k = 40,
@@ -182,7 +189,7 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
                     history: None,
                 };
                 if matches!(choice, Choice::Edited { .. }) {
-                    edited_row(&mut row, seq, &tokens[seq], batch.prompts[seq]);
+                    edited_row(&mut row, batch, seq, &tokens[seq]);
                 }
                 step.samples.push(row);
             }

@@ -16,7 +16,7 @@ use crate::{
     decoder::{DecoderSpec, ExpertWeight, LayerWeight, Moe, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
-        comparison::{Batch, Choice, N_OUTPUTS, Scores, prompt_token, run},
+        comparison::{Batch, Choice, Scores, prompt_token, run},
         cpu::CpuExecutor,
     },
     quant,
@@ -235,7 +235,7 @@ impl Checkpoint {
             kv_cache_memory_bytes: Some(4 << 20),
             ..EngineConfig::default()
         };
-        let batch = Batch { name: "three in chunks", prompts: vec![45, 1, 17], chunk: 24, n_outputs: N_OUTPUTS };
+        let batch = Batch::new("three in chunks", vec![45, 1, 17], 24);
         let mut portable = BurnExecutor::new(spec, &*model.weights, &config, Device::flex()).expect("loads");
         let scores = run(&mut portable, &batch, spec.vocab_size, Choice::Greedy).expect("runs");
         let oracle = self.oracle(spec);

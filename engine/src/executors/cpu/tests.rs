@@ -7,7 +7,7 @@ use crate::{
     decoder::{ExpertWeight, LayerWeight, Moe, Rope, RopeScaling, Weight},
     executors::{
         burn::BurnExecutor,
-        comparison::{Batch, Choice, N_OUTPUTS, Scores, run},
+        comparison::{Batch, Choice, Scores, run},
     },
     quant,
     weights::{DType, TensorView, dummy::DummySource},
@@ -60,12 +60,12 @@ fn config() -> EngineConfig {
 
 fn batches() -> Vec<Batch> {
     vec![
-        Batch { name: "one sequence", prompts: vec![37], chunk: 512, n_outputs: N_OUTPUTS },
-        Batch { name: "five, awkward lengths", prompts: vec![1, 15, 16, 17, 300], chunk: 1024, n_outputs: N_OUTPUTS },
-        Batch { name: "five in chunks", prompts: vec![1, 15, 16, 17, 300], chunk: 61, n_outputs: N_OUTPUTS },
+        Batch::new("one sequence", vec![37], 512),
+        Batch::new("five, awkward lengths", vec![1, 15, 16, 17, 300], 1024),
+        Batch::new("five in chunks", vec![1, 15, 16, 17, 300], 61),
         // The context is cut into parts, the last of one token.
-        Batch { name: "past two parts", prompts: vec![510, 255], chunk: 200, n_outputs: N_OUTPUTS },
-        Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512, n_outputs: N_OUTPUTS },
+        Batch::new("past two parts", vec![510, 255], 200),
+        Batch::new("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512),
     ]
 }
 
@@ -236,7 +236,7 @@ impl WeightSource for RoundedSource {
 #[test]
 fn weights_rounded_at_load_are_those_of_a_rounded_file() {
     let spec = llama();
-    let batch = Batch { name: "", prompts: vec![37, 5], chunk: 512, n_outputs: N_OUTPUTS };
+    let batch = Batch::new("", vec![37, 5], 512);
     for (quantization, name) in [(Quantization::Q8_0, "Q8_0"), (Quantization::Q4_0, "Q4_0")] {
         let scores = |quantization, source: &dyn WeightSource| {
             let config = EngineConfig { quantization, ..config() };
@@ -261,7 +261,7 @@ fn check_independence(spec: &DecoderSpec) {
     for kernels in Kernels::available() {
         let mut executor = CpuExecutor::with_kernels(spec, &source, &config(), kernels).expect("loads");
         let mut scores = |n| {
-            let batch = Batch { name: "", prompts: vec![300; n], chunk: 1024, n_outputs: N_OUTPUTS };
+            let batch = Batch::new("", vec![300; n], 1024);
             run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).expect("runs")
         };
         let (alone, together) = (scores(1), scores(3));
@@ -276,8 +276,7 @@ fn check_independence(spec: &DecoderSpec) {
 fn edits_hold_with_log_probabilities_and_without() {
     let spec = DecoderSpec { vocab_size: 2048, ..llama() };
     let mut executor = CpuExecutor::new(&spec, &dummy(&spec, DType::F32), &config()).expect("loads");
-    let batch =
-        Batch { name: "twelve", prompts: (0..12).map(|i| 5 + 7 * i).collect(), chunk: 512, n_outputs: N_OUTPUTS };
+    let batch = Batch::new("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512);
     let mut tokens = |choice| run(&mut executor, &batch, spec.vocab_size, choice).expect("runs").tokens;
     let (plain, edited) = (tokens(Choice::Greedy), tokens(Choice::Edited { logprobs: true }));
     assert_eq!(edited, tokens(Choice::Edited { logprobs: false }));

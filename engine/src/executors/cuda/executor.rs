@@ -25,7 +25,7 @@ use crate::{
     weights::WeightSource,
 };
 
-/// A step takes longer than this only on a device that hangs.
+/// A step takes longer than this only on a device that hangs, or under a sanitizer.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Time to poll without sleeping: most steps that are waited for end soon.
 const SPIN: Duration = Duration::from_micros(100);
@@ -41,6 +41,8 @@ pub struct CudaExecutor {
     pending: VecDeque<Pending>,
     /// The block tables on the device, and the pages of a row.
     uploaded_tables: (Vec<i32>, usize),
+    /// When a step counts as hanging.
+    timeout: Duration,
     gpu: Gpu,
 }
 
@@ -85,8 +87,14 @@ impl CudaExecutor {
             next: 0,
             pending: VecDeque::new(),
             uploaded_tables: (Vec::new(), 0),
+            timeout: TIMEOUT,
             gpu,
         })
+    }
+
+    /// Waits for a step as long as `timeout` before it counts as hanging.
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
     }
 
     /// Puts the packed inputs on the device.
@@ -195,7 +203,7 @@ impl Executor for CudaExecutor {
         let Some(Pending { index, output, shape }) = self.pending.pop_front() else {
             return Err(Error::Device("collect was called with no step in flight".into()));
         };
-        wait(&self.in_flight[index].done, &shape)?;
+        wait(&self.in_flight[index].done, &shape, self.timeout)?;
         tracing::trace!(
             rows = shape.n_tokens,
             decoding = shape.n_decode,
@@ -232,17 +240,17 @@ impl Executor for CudaExecutor {
 }
 
 /// Waits for `event`, the end of a step of `shape`, but not for ever.
-fn wait(event: &Event, shape: &StepShape) -> Result<(), Error> {
+fn wait(event: &Event, shape: &StepShape, timeout: Duration) -> Result<(), Error> {
     let started = Instant::now();
     while !event.is_done()? {
         let elapsed = started.elapsed();
-        if elapsed > TIMEOUT {
+        if elapsed > timeout {
             return Err(Error::Device(format!(
                 "the device did not finish a step of {} rows, {} of them of decoding sequences with {} tokens of context, within {} s",
                 shape.n_tokens,
                 shape.n_decode,
                 shape.n_decode_context,
-                TIMEOUT.as_secs()
+                timeout.as_secs()
             )));
         }
         if elapsed > SPIN {

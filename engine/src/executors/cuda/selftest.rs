@@ -4,7 +4,10 @@
 //! tokens, so that every log-probability can be compared: prompts of awkward lengths, whole and in chunks, alone and
 //! in batches that take each path (GEMV, cuBLASLt, mixed steps).
 
-use std::{fmt, time::Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use burn::tensor::Device;
 
@@ -24,7 +27,7 @@ use crate::{
     executors::{
         Executor,
         burn::BurnExecutor,
-        comparison::{Batch, Choice, N_OUTPUTS, prompt_token, run},
+        comparison::{Batch, Choice, prompt_token, run},
     },
     weights::{DType, dummy::DummySource},
 };
@@ -45,7 +48,7 @@ pub enum Extent {
     Only {
         /// Parts of names.
         names: Vec<String>,
-        /// Every kernel of a case, but few steps: under a sanitizer each takes a second.
+        /// The kernels of each, but few steps: under a sanitizer one takes seconds.
         is_brief: bool,
     },
 }
@@ -66,6 +69,12 @@ impl Extent {
 
 /// Tokens after each prompt in a brief run: one of a prompt's step, one of a decode step.
 const N_BRIEF_OUTPUTS: usize = 2;
+/// Most prompt tokens whose log-probabilities a brief run computes, a second for each 32 of them.
+const MOST_BRIEF_TOKENS: usize = 64;
+/// The batch that draws at random in a brief run: under a sanitizer that takes half a minute for each step.
+const FEW: &str = "four short ones";
+/// For a step under a sanitizer.
+const BRIEF_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Further cases of [`Extent::Full`], by what all of their names begin with.
 type Group = fn(&Gpu, &DecoderSpec) -> Result<Vec<(String, f32)>, Error>;
@@ -245,15 +254,13 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
 
 /// The batches that a model runs; the first one also runs steps of every width that products have kernels for.
 fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
-    let n_outputs = if extent.is_brief() { N_BRIEF_OUTPUTS } else { N_OUTPUTS };
-    let batch = |name, prompts, chunk| Batch { name, prompts, chunk, n_outputs };
     let mut batches = vec![
-        batch("one sequence", vec![37], 512),
-        batch("five, awkward lengths", vec![1, 15, 16, 17, 300], 512),
-        batch("five in chunks", vec![1, 15, 16, 17, 300], 61),
-        batch("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512),
-        batch("twenty", (0..20).map(|i| 3 + 11 * i).collect(), 512),
-        batch("sixteen, to 1,390 tokens", (0..16).map(|i| 40 + 90 * i).collect(), 1024),
+        Batch::new("one sequence", vec![37], 512),
+        Batch::new("five, awkward lengths", vec![1, 15, 16, 17, 300], 512),
+        Batch::new("five in chunks", vec![1, 15, 16, 17, 300], 61),
+        Batch::new("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512),
+        Batch::new("twenty", (0..20).map(|i| 3 + 11 * i).collect(), 512),
+        Batch::new("sixteen, to 1,390 tokens", (0..16).map(|i| 40 + 90 * i).collect(), 1024),
     ];
     if *extent == Extent::Quick {
         batches.drain(..2);
@@ -271,9 +278,15 @@ fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
             ("steps of 230 rows", 230),
             ("steps of 250 rows", 250),
         ];
-        batches.extend(widths.map(|(name, chunk)| batch(name, vec![2 * chunk], chunk)));
+        batches.extend(widths.map(|(name, chunk)| Batch::new(name, vec![2 * chunk], chunk)));
         // Together longer than a context may be: more than prefill attention reads at a time.
-        batches.push(batch("two of 1,700 tokens in chunks", vec![1700, 1700], 1024));
+        batches.push(Batch::new("two of 1,700 tokens in chunks", vec![1700, 1700], 1024));
+        batches.push(Batch::new(FEW, vec![5, 9, 13, 17], 512));
+    }
+    for batch in &mut batches {
+        if extent.is_brief() {
+            (batch.n_outputs, batch.draws) = (N_BRIEF_OUTPUTS, batch.name == FEW);
+        }
     }
     batches.retain(|batch| extent.has(&format!("{model}: {}", batch.name)));
     batches
@@ -291,12 +304,16 @@ fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch], is_brief: bool)
     let mut tuned = CudaExecutor::new(spec, &source, &config, device)?;
     let mut oracle = BurnExecutor::new(spec, &source, &config, Device::flex())?;
     let mut cases = Vec::new();
+    if is_brief {
+        tuned.set_timeout(BRIEF_TIMEOUT);
+    }
     for batch in batches {
+        let is_whole = !is_brief || batch.prompts.iter().sum::<usize>() <= MOST_BRIEF_TOKENS;
         let expected = run(&mut oracle, batch, spec.vocab_size, Choice::Greedy)?;
-        let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens))?;
-        cases.push((batch.name.to_owned(), expected.difference(&forced)));
-        // The device's own sampler against the host's, on the same logits. Its kernel runs in the next cases, too.
-        if !is_brief {
+        if is_whole {
+            let forced = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&expected.tokens))?;
+            cases.push((batch.name.to_owned(), expected.difference(&forced)));
+            // The device's own sampler against the host's, on the same logits.
             let greedy = run(&mut tuned, batch, spec.vocab_size, Choice::Greedy)?;
             let rescored = run(&mut tuned, batch, spec.vocab_size, Choice::Forced(&greedy.tokens))?;
             let best = rescored.outputs.iter().flatten().all(|entry| entry.rank == 1);
@@ -304,10 +321,12 @@ fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch], is_brief: bool)
             cases.push((format!("{}, sampled on the device", batch.name), difference));
         }
         // Logits edited and sampled on the device against the same on the host, for log-probabilities are wanted of them.
-        let [on_device, on_host] =
-            [false, true].map(|logprobs| run(&mut tuned, batch, spec.vocab_size, Choice::Edited { logprobs }));
-        let difference = if on_device?.tokens == on_host?.tokens { 0.0 } else { f32::INFINITY };
-        cases.push((format!("{}, edited on the device", batch.name), difference));
+        let mut edited = |logprobs| run(&mut tuned, batch, spec.vocab_size, Choice::Edited { logprobs });
+        let on_device = edited(false)?.tokens;
+        if is_whole {
+            let difference = if on_device == edited(true)?.tokens { 0.0 } else { f32::INFINITY };
+            cases.push((format!("{}, edited on the device", batch.name), difference));
+        }
         // Without the prompts' log-probabilities the last layer computes a few rows only.
         let outputs = run(&mut tuned, batch, spec.vocab_size, Choice::ForcedOutputs(&expected.tokens))?;
         let difference = expected.without_prompts().difference(&outputs);
