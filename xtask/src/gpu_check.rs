@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::bench::read_results;
 use crate::child::{self, Interrupt, Server, http_get};
 use crate::dummy_model::{DummyModel, LLAMA_3_1_8B, QWEN2_0_5B};
-use crate::sanitizer::Sanitizer;
+use crate::sanitizer::{Sanitizer, Tool};
 use crate::table;
 
 const READY_LIMIT: Duration = Duration::from_secs(180);
@@ -39,8 +39,7 @@ pub struct GpuCheckArgs {
     /// Of the speed loads, only those whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     load: String,
-    /// The compute-sanitizer to use. Default: that of CUDA_PATH. racecheck needs one of CUDA 13.5 or later for models
-    /// whose weights are not packed: earlier ones fail at cuBLASLt's kernels.
+    /// The compute-sanitizer to use; racecheck needs that of CUDA 13.5 or a later one. Default: that of CUDA_PATH.
     #[arg(long, value_name = "FILE")]
     sanitizer: Option<PathBuf>,
     /// How long the part `soak` takes.
@@ -276,9 +275,9 @@ pub fn run(args: &GpuCheckArgs) -> Result<()> {
     if args.only.contains(&Part::Reference) {
         outcome.add_verdict("transformers", check.reference());
     }
-    for (part, tool) in [(Part::Memcheck, "memcheck"), (Part::Racecheck, "racecheck")] {
+    for (part, tool) in [(Part::Memcheck, Tool::Memcheck), (Part::Racecheck, Tool::Racecheck)] {
         if args.only.contains(&part) {
-            outcome.add_verdict(tool, check.sanitize(tool));
+            outcome.add_verdict(tool.name(), check.sanitize(tool));
         }
     }
     if args.only.contains(&Part::Speed) {
@@ -330,15 +329,15 @@ impl Check<'_> {
         child::run_ok(&mut command, &self.interrupt, "the comparison with transformers")
     }
 
-    fn sanitize(&self, tool: &'static str) -> Result<()> {
-        println!("\n== compute-sanitizer {tool}");
+    fn sanitize(&self, tool: Tool) -> Result<()> {
+        println!("\n== compute-sanitizer {}", tool.name());
         let program = match &self.args.sanitizer {
             Some(program) => program.clone(),
             None => cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
                 .context("name one with --sanitizer, or leave out the parts memcheck and racecheck")?,
         };
         let sanitizer = Sanitizer { program, tool, ember: self.args.bin_dir.join("ember"), gpu: self.args.gpu };
-        sanitizer.run(&self.args.out.join(tool), &self.interrupt)
+        sanitizer.run(&self.args.out.join(tool.name()), &self.interrupt)
     }
 
     /// Starts one server per model, and runs its loads.

@@ -1,4 +1,4 @@
-//! [`Sanitizer`]: the kernel tests under NVIDIA's compute-sanitizer, as many parts of them side by side as there are cores.
+//! [`Sanitizer`]: the kernel tests under NVIDIA's compute-sanitizer, several parts of them side by side.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,31 +11,79 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::child::{Interrupt, run_within};
 
-/// For parts that share a process. The tool slows some kernels down a thousandfold.
+/// For parts that share a process. The tools slow some kernels down a thousandfold.
 const LIMIT: Duration = Duration::from_secs(1800);
-/// Most parts of a model in one process: its start costs as much as some parts, and all cores should have work.
+/// Most parts of a model in one process: its start costs as much as some of them, and there should be several processes.
 const MOST_PARTS: usize = 6;
-/// Hazards that racecheck leaves room for. It goes through all of the room after each launch: three times as long with
-/// its default, ten million.
-const MOST_HAZARDS: (&str, &str) = ("NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS", "10000");
-/// Of racecheck: cuBLASLt's kernels fail under it, and as many threads of its own as there are cores hold up the other
-/// processes.
-const RACECHECK_ARGS: [&str; 4] = ["--kernel-name-exclude", "kns=nvjet", "--racecheck-num-workers", "2"];
 
-/// One of the tools, and what it watches.
+/// One of compute-sanitizer's tools.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Tool {
+    Memcheck,
+    Racecheck,
+}
+
+impl Tool {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Memcheck => "memcheck",
+            Self::Racecheck => "racecheck",
+        }
+    }
+
+    /// The earliest version that gets through the tests: before it, racecheck fails at cuBLASLt's kernels or, told to leave
+    /// them out, at others.
+    fn least_version(self) -> (u32, u32) {
+        match self {
+            Self::Memcheck => (0, 0),
+            Self::Racecheck => (2026, 4),
+        }
+    }
+
+    /// More processes than these are no faster together: racecheck's kernels fill the GPU.
+    fn n_processes(self) -> usize {
+        match self {
+            Self::Memcheck => thread::available_parallelism().map_or(1, usize::from),
+            Self::Racecheck => 4,
+        }
+    }
+
+    fn command(self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.args(["--tool", self.name(), "--error-exitcode", "9", "--print-limit", "20"]);
+        if self == Self::Racecheck {
+            // cuBLASLt's kernels fail under it; threads of its own for each core hold up the other processes.
+            command.args(["--kernel-name-exclude", "kns=nvjet", "--racecheck-num-workers", "2"]);
+            // It goes through all of the room for hazards after each launch: with its default, ten million, for two thirds
+            // of the time.
+            command.env("NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS", "10000");
+        }
+        command
+    }
+
+    /// Of `ember cuda-test`.
+    fn test_args(self) -> &'static [&'static str] {
+        match self {
+            Self::Memcheck => &[],
+            Self::Racecheck => &["--brief"],
+        }
+    }
+}
+
+/// compute-sanitizer with one of its tools, and what it watches.
 pub struct Sanitizer {
     pub program: PathBuf,
-    /// `memcheck`, `racecheck`, ...
-    pub tool: &'static str,
+    pub tool: Tool,
     pub ember: PathBuf,
     /// Which GPU.
     pub gpu: u32,
 }
 
 impl Sanitizer {
-    /// Runs every part of `ember cuda-test`, briefly, a few of a model in each process, with their output in a file of
-    /// `logs`, and tells how it went. One that fails, or does not end, is an error once all have ended.
+    /// Runs every part of `ember cuda-test`, a few of a model in each process, with their output in a file of `logs`, and
+    /// tells how it went. One that fails, or does not end, is an error once all have ended.
     pub fn run(&self, logs: &Path, interrupt: &Interrupt) -> Result<()> {
+        self.check_version()?;
         fs::create_dir_all(logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let parts = self.parts()?;
         let of_models: Vec<&[String]> = parts.chunk_by(|a, b| model_of(a) == model_of(b)).collect();
@@ -43,7 +91,7 @@ impl Sanitizer {
         let (waiting, n_failed) = (Mutex::new(groups.iter().enumerate()), Mutex::new(0));
         let next = || waiting.lock().expect("no thread panics").next();
         thread::scope(|scope| {
-            for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            for _ in 0..self.tool.n_processes() {
                 scope.spawn(|| {
                     while let Some((i, group)) = next() {
                         let verdict = self.watch(group, &logs.join(format!("{i}.log")), interrupt);
@@ -56,7 +104,33 @@ impl Sanitizer {
         });
         interrupt.check()?;
         let n_failed = n_failed.into_inner().expect("no thread panics");
-        ensure!(n_failed == 0, "{} failed in {n_failed} of {} processes of kernel tests", self.tool, groups.len());
+        ensure!(
+            n_failed == 0,
+            "{} failed in {n_failed} of {} processes of kernel tests",
+            self.tool.name(),
+            groups.len()
+        );
+        Ok(())
+    }
+
+    fn check_version(&self) -> Result<()> {
+        let output = Command::new(&self.program).arg("--version").output();
+        let output = output.with_context(|| format!("cannot start {}", self.program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.lines().find_map(|line| line.strip_prefix("Version "));
+        let mut numbers = version.unwrap_or_default().split('.').map(str::parse::<u32>);
+        let (Some(Ok(year)), Some(Ok(release))) = (numbers.next(), numbers.next()) else {
+            bail!("{} --version tells no version", self.program.display());
+        };
+        let least = self.tool.least_version();
+        ensure!(
+            (year, release) >= least,
+            "{} needs compute-sanitizer {}.{} or later, and {} is {year}.{release}: name another with --sanitizer",
+            self.tool.name(),
+            least.0,
+            least.1,
+            self.program.display()
+        );
         Ok(())
     }
 
@@ -72,12 +146,8 @@ impl Sanitizer {
     fn watch(&self, parts: &[String], log: &Path, interrupt: &Interrupt) -> Result<String> {
         let started = Instant::now();
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
-        let mut command = Command::new(&self.program);
-        command.args(["--tool", self.tool, "--error-exitcode", "9", "--print-limit", "20"]);
-        if self.tool == "racecheck" {
-            command.args(RACECHECK_ARGS).env(MOST_HAZARDS.0, MOST_HAZARDS.1);
-        }
-        command.arg(&self.ember).args(["cuda-test", "--brief"]);
+        let mut command = self.tool.command(&self.program);
+        command.arg(&self.ember).arg("cuda-test").args(self.tool.test_args());
         for part in parts {
             command.args(["--only", part]);
         }
@@ -102,30 +172,45 @@ fn model_of(part: &str) -> &str {
 mod tests {
     use super::*;
 
-    /// A sanitizer whose program and `ember` are one shell script.
-    fn scripted(dir: &Path, script: &str) -> Sanitizer {
+    /// Racecheck of a program of this version that, like `ember`, is a shell script.
+    fn scripted(dir: &Path, version: &str, script: &str) -> Sanitizer {
         use std::os::unix::fs::PermissionsExt;
         let program = dir.join("tool");
-        fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("a script");
+        let list = "[ \"$2\" = --list ] && { seq -f 'llama: %g' 8; echo 'qwen2: one'; echo experts; exit 0; }";
+        let version = format!("[ \"$1\" = --version ] && {{ echo 'Version {version}'; exit 0; }}");
+        fs::write(&program, format!("#!/bin/sh\n{version}\n{list}\n{script}\n")).expect("a script");
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("its mode");
-        Sanitizer { ember: program.clone(), program, tool: "memcheck", gpu: 0 }
+        Sanitizer { ember: program.clone(), program, tool: Tool::Racecheck, gpu: 0 }
     }
 
     #[test]
     fn every_part_is_watched_and_one_failure_is_told() -> Result<()> {
         let dir = xshell::Shell::new()?.create_temp_dir()?;
         let interrupt = Interrupt::install()?;
-        let list = "[ \"$2\" = --list ] && { seq -f 'llama: %g' 8; echo 'qwen2: one'; echo experts; exit 0; }";
-        let clean = scripted(dir.path(), &format!("{list}\necho \"$@\"\necho '========= ERROR SUMMARY: 0 errors'"));
+        let clean = scripted(dir.path(), "2026.4.0.0", "echo \"$@\"\necho '========= ERROR SUMMARY: 0 errors'");
         clean.run(&dir.path().join("clean"), &interrupt)?;
         let logs = |i| fs::read_to_string(dir.path().join(format!("clean/{i}.log")));
         let logs = [logs(0)?, logs(1)?, logs(2)?, logs(3)?];
         assert!(logs[0].contains("cuda-test --brief --only llama: 1 --only llama: 2 "), "{}", logs[0]);
         assert!(logs[1].contains("--brief --only llama: 7 --only llama: 8\n"), "{}", logs[1]);
         assert!(logs[2].contains("--only qwen2: one\n") && logs[3].contains("--only experts\n"), "{logs:?}");
-        let broken = format!("{list}\n[ \"${{11}}\" = experts ] && exit 9\necho '========= ERROR SUMMARY: 0 errors'");
-        let err = scripted(dir.path(), &broken).run(&dir.path().join("broken"), &interrupt).expect_err("an error");
-        assert_eq!(err.to_string(), "memcheck failed in 1 of 4 processes of kernel tests");
+        let script = "case \"$*\" in *experts*) exit 9;; esac\necho '========= ERROR SUMMARY: 0 errors'";
+        let broken = scripted(dir.path(), "2027.1.0.0", script);
+        let err = broken.run(&dir.path().join("broken"), &interrupt).expect_err("an error");
+        assert_eq!(err.to_string(), "racecheck failed in 1 of 4 processes of kernel tests");
+        Ok(())
+    }
+
+    #[test]
+    fn a_version_that_cannot_do_it_is_refused() -> Result<()> {
+        let dir = xshell::Shell::new()?.create_temp_dir()?;
+        let old = scripted(dir.path(), "2025.3.1.0 (build 1) (public-release)", "exit 1");
+        let err = old.check_version().expect_err("an error").to_string();
+        assert!(err.starts_with("racecheck needs compute-sanitizer 2026.4 or later, and "), "{err}");
+        assert!(err.ends_with("/tool is 2025.3: name another with --sanitizer"), "{err}");
+        assert!(Sanitizer { tool: Tool::Memcheck, ..old }.check_version().is_ok());
+        let none = scripted(dir.path(), "", "exit 1");
+        assert!(none.check_version().expect_err("an error").to_string().ends_with("--version tells no version"));
         Ok(())
     }
 }
