@@ -104,7 +104,7 @@ fn edited_row(row: &mut SampleRow, batch: &Batch, seq: usize, tokens: &[u32]) {
     row.history = params
         .has_penalties()
         .then(|| TokenHistory { prompt: tokens[..n_prompt].into(), output: tokens[n_prompt..].to_vec() });
-    if batch.draws && seq % 5 > 0 {
+    if batch.draws && !seq.is_multiple_of(5) {
         (params.temperature, row.seed) = (1.3 - 0.2 * (seq % 5) as f32, 7 << 32 | seq as u64);
         match seq % 7 {
             0 => params.top_k = 40,
