@@ -96,8 +96,8 @@ impl Sanitizer {
                     while let Some((i, group)) = next() {
                         let verdict = self.watch(group, &logs.join(format!("{i}.log")), interrupt);
                         *n_failed.lock().expect("no thread panics") += usize::from(verdict.is_err());
-                        println!("{}", group.join("\n"));
-                        println!("    {}", verdict.unwrap_or_else(|err| format!("FAILED: {err:#}")));
+                        let verdict = verdict.unwrap_or_else(|err| format!("FAILED: {err:#}"));
+                        println!("{}\n    {verdict}", group.join("\n"));
                     }
                 });
             }
