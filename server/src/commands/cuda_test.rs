@@ -15,7 +15,8 @@ pub struct CudaTestArgs {
     /// Run the cases alone whose `MODEL: BATCH` contains this, and measure nothing. Can be given more than once.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Run every kernel of the cases, but few steps: for a sanitizer, under which each takes a second.
+    /// Make fewer and shorter runs of the cases, all of which together still take every kernel: for a sanitizer, under
+    /// which a step takes seconds.
     #[arg(long, requires = "only")]
     brief: bool,
     /// Print names for `--only` that make up all cases, one a line, and run nothing.

@@ -48,7 +48,7 @@ pub enum Extent {
     Only {
         /// Parts of names.
         names: Vec<String>,
-        /// The kernels of each, but few steps: under a sanitizer one takes seconds.
+        /// Fewer and shorter runs, which in all still take every kernel: under a sanitizer a step takes seconds.
         is_brief: bool,
     },
 }
