@@ -30,9 +30,9 @@ pub struct GpuCheckArgs {
     /// Folder of the results.
     #[arg(long, value_name = "DIR", default_value = "gpu-results")]
     out: PathBuf,
-    /// Which GPU.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    gpu: u32,
+    /// Which GPUs, with commas between. The sanitizers use all of them, the other parts the first.
+    #[arg(long = "gpu", value_name = "N,...", value_delimiter = ',', default_value = "0")]
+    gpus: Vec<u32>,
     /// Only these parts.
     #[arg(long, value_delimiter = ',', default_value = "doctor,kernels,reference,memcheck,racecheck,speed")]
     only: Vec<Part>,
@@ -308,7 +308,7 @@ struct Check<'a> {
 impl Check<'_> {
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command.env("CUDA_VISIBLE_DEVICES", self.args.gpu.to_string());
+        command.env("CUDA_VISIBLE_DEVICES", self.args.gpus[0].to_string());
         command
     }
 
@@ -336,7 +336,8 @@ impl Check<'_> {
             None => cuda_tool(&["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
                 .context("name one with --sanitizer, or leave out the parts memcheck and racecheck")?,
         };
-        let sanitizer = Sanitizer { program, tool, ember: self.args.bin_dir.join("ember"), gpu: self.args.gpu };
+        let gpus = self.args.gpus.clone();
+        let sanitizer = Sanitizer { program, tool, ember: self.args.bin_dir.join("ember"), gpus };
         sanitizer.run(&self.args.out.join(tool.name()), &self.interrupt)
     }
 

@@ -14,7 +14,7 @@ use crate::child::{Interrupt, run_within};
 /// For parts that share a process. The tools slow some kernels down a thousandfold.
 const LIMIT: Duration = Duration::from_secs(1800);
 /// Most parts of a model in one process: its start costs as much as some of them, and there should be several processes.
-const MOST_PARTS: usize = 6;
+const MOST_PARTS: usize = 3;
 
 /// One of compute-sanitizer's tools.
 #[derive(Clone, Copy, PartialEq)]
@@ -40,11 +40,11 @@ impl Tool {
         }
     }
 
-    /// More processes than these are no faster together: racecheck's kernels fill the GPU.
-    fn n_processes(self) -> usize {
+    /// Side by side. More than four on a GPU are no faster together under racecheck: its kernels fill it.
+    fn n_processes(self, n_gpus: usize) -> usize {
         match self {
             Self::Memcheck => thread::available_parallelism().map_or(1, usize::from),
-            Self::Racecheck => 4,
+            Self::Racecheck => 4 * n_gpus,
         }
     }
 
@@ -75,8 +75,8 @@ pub struct Sanitizer {
     pub program: PathBuf,
     pub tool: Tool,
     pub ember: PathBuf,
-    /// Which GPU.
-    pub gpu: u32,
+    /// Processes take them in turns.
+    pub gpus: Vec<u32>,
 }
 
 impl Sanitizer {
@@ -91,10 +91,10 @@ impl Sanitizer {
         let (waiting, n_failed) = (Mutex::new(groups.iter().enumerate()), Mutex::new(0));
         let next = || waiting.lock().expect("no thread panics").next();
         thread::scope(|scope| {
-            for _ in 0..self.tool.n_processes() {
+            for gpu in self.gpus.iter().cycle().take(self.tool.n_processes(self.gpus.len())) {
                 scope.spawn(|| {
                     while let Some((i, group)) = next() {
-                        let verdict = self.watch(group, &logs.join(format!("{i}.log")), interrupt);
+                        let verdict = self.watch(group, *gpu, &logs.join(format!("{i}.log")), interrupt);
                         *n_failed.lock().expect("no thread panics") += usize::from(verdict.is_err());
                         let verdict = verdict.unwrap_or_else(|err| format!("FAILED: {err:#}"));
                         println!("{}\n    {verdict}", group.join("\n"));
@@ -135,7 +135,7 @@ impl Sanitizer {
     }
 
     fn parts(&self) -> Result<Vec<String>> {
-        let output = Command::new(&self.ember).args(["cuda-test", "--list"]).output();
+        let output = Command::new(&self.ember).args(["cuda-test", "--list"]).args(self.tool.test_args()).output();
         let output = output.with_context(|| format!("cannot start {}", self.ember.display()))?;
         let parts: Vec<String> = String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect();
         ensure!(output.status.success() && !parts.is_empty(), "`ember cuda-test --list` names nothing");
@@ -143,7 +143,7 @@ impl Sanitizer {
     }
 
     /// Runs some parts; the tool's last line.
-    fn watch(&self, parts: &[String], log: &Path, interrupt: &Interrupt) -> Result<String> {
+    fn watch(&self, parts: &[String], gpu: u32, log: &Path, interrupt: &Interrupt) -> Result<String> {
         let started = Instant::now();
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         let mut command = self.tool.command(&self.program);
@@ -151,7 +151,7 @@ impl Sanitizer {
         for part in parts {
             command.args(["--only", part]);
         }
-        command.env("CUDA_VISIBLE_DEVICES", self.gpu.to_string()).stderr(file.try_clone()?).stdout(file);
+        command.env("CUDA_VISIBLE_DEVICES", gpu.to_string()).stderr(file.try_clone()?).stdout(file);
         match run_within(&mut command, LIMIT, interrupt)? {
             None => bail!("it did not end within {} s ({})", LIMIT.as_secs(), log.display()),
             Some(status) if !status.success() => bail!("{status} ({})", log.display()),
@@ -174,25 +174,28 @@ mod tests {
 
     /// Racecheck of a program of this version that, like `ember`, is a shell script.
     fn scripted(dir: &Path, version: &str, script: &str) -> Sanitizer {
-        use std::os::unix::fs::PermissionsExt;
-        let program = dir.join("tool");
-        let list = "[ \"$2\" = --list ] && { seq -f 'llama: %g' 8; echo 'qwen2: one'; echo experts; exit 0; }";
+        let (text, program) = (dir.join("text"), dir.join("tool"));
+        let list = "[ \"$2\" = --list ] && { seq -f 'llama: %g' 5; echo 'qwen2: one'; echo experts; exit 0; }";
         let version = format!("[ \"$1\" = --version ] && {{ echo 'Version {version}'; exit 0; }}");
-        fs::write(&program, format!("#!/bin/sh\n{version}\n{list}\n{script}\n")).expect("a script");
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("its mode");
-        Sanitizer { ember: program.clone(), program, tool: Tool::Racecheck, gpu: 0 }
+        fs::write(&text, format!("#!/bin/sh\n{version}\n{list}\n{script}\n")).expect("a script");
+        // A file that this process has open for writing while another test starts a child cannot be run.
+        let status = Command::new("install").args(["-m", "755"]).args([&text, &program]).status();
+        assert!(status.expect("coreutils").success());
+        Sanitizer { ember: program.clone(), program, tool: Tool::Racecheck, gpus: vec![2, 3] }
     }
 
     #[test]
     fn every_part_is_watched_and_one_failure_is_told() -> Result<()> {
         let dir = xshell::Shell::new()?.create_temp_dir()?;
         let interrupt = Interrupt::install()?;
-        let clean = scripted(dir.path(), "2026.4.0.0", "echo \"$@\"\necho '========= ERROR SUMMARY: 0 errors'");
+        let script = "echo \"GPU $CUDA_VISIBLE_DEVICES, $*\"\necho '========= ERROR SUMMARY: 0 errors'";
+        let clean = scripted(dir.path(), "2026.4.0.0", script);
         clean.run(&dir.path().join("clean"), &interrupt)?;
         let logs = |i| fs::read_to_string(dir.path().join(format!("clean/{i}.log")));
         let logs = [logs(0)?, logs(1)?, logs(2)?, logs(3)?];
         assert!(logs[0].contains("cuda-test --brief --only llama: 1 --only llama: 2 "), "{}", logs[0]);
-        assert!(logs[1].contains("--brief --only llama: 7 --only llama: 8\n"), "{}", logs[1]);
+        assert!(logs[1].contains("--brief --only llama: 4 --only llama: 5\n"), "{}", logs[1]);
+        assert!(logs.iter().all(|log| log.starts_with("GPU 2, ") || log.starts_with("GPU 3, ")), "{logs:?}");
         assert!(logs[2].contains("--only qwen2: one\n") && logs[3].contains("--only experts\n"), "{logs:?}");
         let script = "case \"$*\" in *experts*) exit 9;; esac\necho '========= ERROR SUMMARY: 0 errors'";
         let broken = scripted(dir.path(), "2027.1.0.0", script);

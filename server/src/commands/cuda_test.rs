@@ -8,6 +8,7 @@ use crate::Error;
 
 /// Arguments of `ember cuda-test`.
 #[derive(Debug, Args)]
+#[group(id = "what", args = ["only", "list"])]
 pub struct CudaTestArgs {
     /// Index of the device, after CUDA_VISIBLE_DEVICES.
     #[arg(long, default_value_t = 0)]
@@ -17,9 +18,9 @@ pub struct CudaTestArgs {
     only: Vec<String>,
     /// Make fewer and shorter runs of the cases, all of which together still take every kernel: for a sanitizer, under
     /// which a step takes seconds.
-    #[arg(long, requires = "only")]
+    #[arg(long, requires = "what")]
     brief: bool,
-    /// Print names for `--only` that make up all cases, one a line, and run nothing.
+    /// Print names for `--only` that make up all cases (those that `--brief` leaves), one a line, and run nothing.
     #[arg(long, conflicts_with = "only")]
     list: bool,
 }
@@ -33,7 +34,7 @@ pub fn run(args: &CudaTestArgs) -> Result<ExitCode, Error> {
     use ember_engine::executors::cuda::{Extent, self_test, self_test_parts};
 
     if args.list {
-        self_test_parts().iter().for_each(|part| println!("{part}"));
+        self_test_parts(args.brief).iter().for_each(|part| println!("{part}"));
         return Ok(ExitCode::SUCCESS);
     }
     let extent = match args.only.as_slice() {

@@ -50,6 +50,7 @@ sources! {
     DUMMY_WEIGHTS = "dummy_weights";
     UNPACK_KV = "unpack_kv";
     SAMPLE = "sample";
+    THRESHOLD = "threshold";
     PENALTIES = "penalties";
 }
 

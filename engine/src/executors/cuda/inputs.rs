@@ -38,7 +38,7 @@ pub(super) struct Layout {
     pub(super) context_lens: Section,
     /// Rows of the residual stream to sample.
     pub(super) sample_rows: Section,
-    /// How to sample them: eight words each, the `SampleRow` of `sample.cu`.
+    /// How to sample them: eight words each, the `SampleRow` of `sampling.cuh`.
     pub(super) sample_params: Section,
     /// Best tokens whose log-probabilities each of them wants, beside its own; -1: no log-probabilities.
     pub(super) n_top: Section,
@@ -297,7 +297,7 @@ fn pack_work(block: &mut [i32], layout: &Layout, n: usize, n_blocks: usize) {
     layout.work.fill(n_blocks, &layout.context_lens.of(before)[..n], unit_starts, block_starts);
 }
 
-/// `SampleRow` of `sample.cu`: temperature, top_p, min_p, top_k, seed (two words), index in the output, slot.
+/// `SampleRow` of `sampling.cuh`: temperature, top_p, min_p, top_k, seed (two words), index in the output, slot.
 fn sample_params(row: &SampleRow, slot: u32) -> [i32; 8] {
     let params = &row.params;
     let bits = |value: f32| value.to_bits() as i32;

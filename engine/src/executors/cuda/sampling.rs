@@ -26,17 +26,20 @@ use crate::{
 
 /// Best tokens that the kernels leave room for.
 pub(super) const MAX_TOP: usize = 20;
+/// Blocks of a cluster that works on a row's threshold.
+const CLUSTER: u32 = 4;
 /// Prompt rows whose logits are computed at once.
 const PROMPT_ROWS: usize = 256;
 
 /// Kernels and buffers of sampling.
 pub(super) struct Sampling {
     sample: Kernel,
+    /// One block a row.
     threshold: Kernel,
+    /// [`CLUSTER`] blocks a row, where there are clusters.
+    cluster_threshold: Option<Kernel>,
     token_logprobs: Kernel,
     edits: LogitEdits,
-    /// Blocks that work on a row's threshold together.
-    cluster: u32,
     /// uint64 `[max_seqs]`: least key that is kept.
     thresholds: DeviceBuffer,
     /// uint64 `[max_seqs]`: best key so far; zero between launches.
@@ -106,19 +109,23 @@ enum SampledTokens {
 impl Sampling {
     /// For steps within `limits`.
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits) -> Result<Self, Error> {
-        let cluster = if gpu.capability.0 >= 9 { 8 } else { 1 };
-        let names = ["sample_rows", "threshold_rows", "token_logprobs"];
-        let [sample, threshold, token_logprobs] = compile::load(gpu, &compile::SAMPLE, &[("CLUSTER", cluster)], names)?;
+        let mut plan = compile::Plan::default();
+        let sample = plan.add(&compile::SAMPLE, &[]);
+        let mut threshold = |cluster: u32| plan.add(&compile::THRESHOLD, &[("CLUSTER", cluster as usize)]);
+        let threshold = (threshold(1), (gpu.capability.0 >= 9).then(|| threshold(CLUSTER)));
+        let compiled = plan.compile(gpu)?;
+        let [sample, token_logprobs] = compiled.load(sample, ["sample_rows", "token_logprobs"])?;
+        let load_threshold = |planned| compiled.load(planned, ["threshold_rows"]).map(|[kernel]| kernel);
         let layout = ResultLayout { n: limits.max_seqs };
         let prompt_layout = ResultLayout { n: PROMPT_ROWS };
         let zeroed = |n_bytes: usize| DeviceBuffer::zeroed(gpu, n_bytes, "the sampling buffers");
         let host_results = || PinnedBuffer::new(layout.n_bytes());
         Ok(Self {
             sample,
-            threshold,
+            threshold: load_threshold(threshold.0)?,
+            cluster_threshold: threshold.1.map(load_threshold).transpose()?,
             token_logprobs,
             edits: LogitEdits::new(gpu, spec, limits)?,
-            cluster: cluster as u32,
             thresholds: zeroed(limits.max_seqs * 8)?,
             best: zeroed(limits.max_seqs * 8)?,
             counters: zeroed(limits.max_seqs * 4)?,
@@ -222,7 +229,11 @@ impl Sampling {
             |x: usize, block| Launch { grid: [x as u32, n as u32, 1], block, shared_bytes: 0, dependent: false };
         if step.samples.iter().any(|row| wants_threshold(&row.params)) {
             let args = [logits, vocab, vocab, params, Arg::Ptr(self.thresholds.ptr())];
-            self.threshold.launch(stream, launch(self.cluster as usize, 1024), &args)?;
+            let (kernel, n_blocks) = match &self.cluster_threshold {
+                Some(kernel) if n <= most_cluster_rows(self.n_sms) => (kernel, CLUSTER),
+                _ => (&self.threshold, 1),
+            };
+            kernel.launch(stream, launch(n_blocks as usize, 1024), &args)?;
         }
         let to = self.host_results[index].ptr();
         let wants_logprobs = step.samples.iter().any(|row| row.params.logprobs.is_some());
@@ -306,6 +317,12 @@ struct LogprobsRequest {
     /// Where the results go, in `layout`.
     results: u64,
     layout: ResultLayout,
+}
+
+/// Most rows whose clusters surely run at one time on `n_sms` multiprocessors, of which some stay over in each group of
+/// them. Clusters in turns take longer than one block for each row (docs/log.md).
+pub(super) fn most_cluster_rows(n_sms: usize) -> usize {
+    n_sms / (CLUSTER as usize + 1)
 }
 
 /// Whether a row drops unlikely tokens.

@@ -71,10 +71,17 @@ impl Extent {
 const N_BRIEF_OUTPUTS: usize = 2;
 /// Most prompt tokens whose log-probabilities a brief run computes, a second for each 32 of them.
 const MOST_BRIEF_TOKENS: usize = 64;
-/// The batch that draws at random in a brief run: under a sanitizer that takes half a minute for each step.
-const FEW: &str = "four short ones";
+/// The batches that draw at random in a brief run: under a sanitizer that takes half a minute for each step. One has few
+/// enough rows for clusters of blocks, the other has more.
+const DRAWING: [&str; 2] = ["four short ones", "thirty short ones"];
+/// The batch of the longest contexts.
+const LONG: &str = "sixteen, to 1,390 tokens";
 /// The model with as many tokens as sampling's blocks share among them, in rows that are not all aligned.
 const WIDE: &str = "llama, 32,002 tokens";
+/// The model with the widths of one that is served, whose products go round their rings of shared memory many times.
+const FULL_WIDTH: &str = "llama, an 8B model's widths";
+/// The model whose decode attention has enough to read that each warp goes round its ring.
+const MANY_KV_HEADS: &str = "llama, 16 kv heads";
 /// For a step under a sanitizer.
 const BRIEF_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -160,7 +167,7 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
         }
     }
     if cases.is_empty() {
-        let names: Vec<String> = self_test_parts().iter().map(|name| format!("{name:?}")).collect();
+        let names: Vec<String> = self_test_parts(extent.is_brief()).iter().map(|name| format!("{name:?}")).collect();
         let message =
             format!("no model's batch and no group of cases has that in its name; there are {}", names.join(", "));
         return Err(Error::config("--only", message));
@@ -170,10 +177,12 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
     Ok(SelfTestReport { device: gpu.name.clone(), cases, tolerance: TOLERANCE, rates, seconds })
 }
 
-/// Names for [`Extent::Only`], each of a batch of a model or of a group of further cases, which make up all of [`self_test`]'s.
-pub fn self_test_parts() -> Vec<String> {
+/// Names for [`Extent::Only`], each of a batch of a model or of a group of further cases, which make up all of
+/// [`self_test`]'s, or all that brief runs have.
+pub fn self_test_parts(is_brief: bool) -> Vec<String> {
+    let all = Extent::Only { names: vec![String::new()], is_brief };
     let of_model = |(i, (name, _)): (usize, (&str, DecoderSpec))| {
-        let batches = batches(&Extent::Full, name, i == 0);
+        let batches = batches(&all, name, i == 0);
         batches.into_iter().map(|batch| format!("{name}: {}", batch.name)).collect::<Vec<_>>()
     };
     let models = models().into_iter().enumerate().flat_map(of_model);
@@ -244,12 +253,23 @@ pub(super) fn models() -> Vec<(&'static str, DecoderSpec)> {
     // Padded in the KV cache; the query heads of a kv head are two tiles.
     let padded = DecoderSpec { head_dim: 96, n_heads: 12, n_kv_heads: 1, ..llama.clone() };
     let wide = DecoderSpec { vocab_size: 32_002, ..llama.clone() };
+    let many_kv_heads = DecoderSpec { n_layers: 1, n_heads: 16, n_kv_heads: 16, ..llama.clone() };
+    let full_width = DecoderSpec {
+        hidden_size: 4096,
+        intermediate_size: 14_336,
+        n_layers: 1,
+        n_heads: 32,
+        n_kv_heads: 8,
+        ..llama.clone()
+    };
     vec![
         ("llama, head_dim 128", llama),
         ("llama, no weight packed", unpacked),
         ("llama, down not packed", partly_packed),
         ("llama, head_dim 96", padded),
         (WIDE, wide),
+        (MANY_KV_HEADS, many_kv_heads),
+        (FULL_WIDTH, full_width),
         ("qwen2, head_dim 64, biases, tied", qwen2),
         ("qwen2-moe, shared expert", qwen2_moe),
         ("qwen3-moe", qwen3_moe),
@@ -264,7 +284,7 @@ fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
         Batch::new("five in chunks", vec![1, 15, 16, 17, 300], 61),
         Batch::new("twelve", (0..12).map(|i| 5 + 7 * i).collect(), 512),
         Batch::new("twenty", (0..20).map(|i| 3 + 11 * i).collect(), 512),
-        Batch::new("sixteen, to 1,390 tokens", (0..16).map(|i| 40 + 90 * i).collect(), 1024),
+        Batch::new(LONG, (0..16).map(|i| 40 + 90 * i).collect(), 1024),
     ];
     if *extent == Extent::Quick {
         batches.drain(..2);
@@ -286,13 +306,24 @@ fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
         // Together longer than a context may be: more than prefill attention reads at a time.
         batches.push(Batch::new("two of 1,700 tokens in chunks", vec![1700, 1700], 1024));
     }
-    if model == WIDE {
-        batches.retain(|batch| batch.name == "twelve");
-        batches.push(Batch::new(FEW, vec![5, 9, 13, 17], 512));
+    match model {
+        WIDE => {
+            batches.retain(|batch| batch.name == "twelve");
+            batches.push(Batch::new(DRAWING[0], vec![5, 9, 13, 17], 512));
+            batches.push(Batch::new(DRAWING[1], (0..30).map(|i| 1 + i % 3).collect(), 512));
+        }
+        MANY_KV_HEADS => batches.retain(|batch| batch.name == LONG),
+        // Its weights' copies are too many for a sanitizer that follows each of them.
+        FULL_WIDTH if extent.is_brief() => batches.clear(),
+        FULL_WIDTH => {
+            batches.retain(|batch| matches!(batch.name, "one sequence" | "twelve"));
+            batches.push(Batch::new("steps of 123 rows", vec![246], 123));
+        }
+        _ => {}
     }
     for batch in &mut batches {
         if extent.is_brief() {
-            (batch.n_outputs, batch.draws) = (N_BRIEF_OUTPUTS, batch.name == FEW);
+            (batch.n_outputs, batch.draws) = (N_BRIEF_OUTPUTS, DRAWING.contains(&batch.name));
         }
     }
     batches.retain(|batch| extent.has(&format!("{model}: {}", batch.name)));
@@ -305,7 +336,7 @@ fn compare(spec: &DecoderSpec, device: usize, batches: &[Batch], is_brief: bool)
     let config = EngineConfig {
         max_num_seqs: Some(32),
         max_num_batched_tokens: Some(1024),
-        kv_cache_memory_bytes: Some(128 << 20),
+        kv_cache_memory_bytes: Some(512 << 20),
         ..EngineConfig::default()
     };
     let mut tuned = CudaExecutor::new(spec, &source, &config, device)?;
@@ -391,7 +422,7 @@ fn measure(gpu: &Gpu) -> Result<Rates, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::executors::cuda::stream_gemm::COLUMNS;
+    use crate::executors::cuda::{sampling::most_cluster_rows, stream_gemm::COLUMNS};
 
     #[test]
     fn steps_of_every_width_are_run() {
@@ -405,10 +436,21 @@ mod tests {
 
     #[test]
     fn parts_are_chosen_one_by_one() {
-        let parts = self_test_parts();
+        let parts = self_test_parts(false);
         for part in &parts {
             assert_eq!(parts.iter().filter(|other| other.contains(part.as_str())).count(), 1, "{part}");
         }
+        let left_out: Vec<String> = parts.into_iter().filter(|it| !self_test_parts(true).contains(it)).collect();
+        assert!(!left_out.is_empty() && left_out.iter().all(|part| part.starts_with(FULL_WIDTH)), "{left_out:?}");
+    }
+
+    #[test]
+    fn both_kernels_of_thresholds_are_run() {
+        let all = Extent::Only { names: vec![String::new()], is_brief: true };
+        let drawing: Vec<Batch> = batches(&all, WIDE, false).into_iter().filter(|batch| batch.draws).collect();
+        let most = most_cluster_rows(132);
+        assert!(drawing.iter().any(|batch| batch.prompts.len() <= most));
+        assert!(drawing.iter().any(|batch| batch.prompts.len() > most));
     }
 
     fn only(part: &str) -> Extent {

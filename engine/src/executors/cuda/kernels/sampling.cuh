@@ -1,4 +1,4 @@
-// What the sampling kernels share: order-preserving keys of logits, walks over a row, reductions of 64-bit keys.
+// What the sampling kernels share: parameters of a row, order-preserving keys of logits, walks over a row, reductions of 64-bit keys.
 #pragma once
 #include "attention.cuh"
 
@@ -59,4 +59,23 @@ DEVICE u64 block_max_key(u64 key) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) key = max_key(key, __shfl_xor_sync(FULL_WARP, key, mask));
     return key;
+}
+
+constexpr float GREEDY_BELOW = 1e-5f;
+
+// How a row is sampled.
+struct SampleRow {
+    float temperature;  // below 1e-5: greedy
+    float top_p;        // 1: off
+    float min_p;        // 0: off
+    int top_k;          // 0: off
+    u64 seed;
+    u32 n_output;       // index of the token in the output
+    int slot;
+};
+
+// Whether it drops unlikely tokens.
+DEVICE bool wants_threshold(const SampleRow& row, int vocab) {
+    return row.slot >= 0 && row.temperature >= GREEDY_BELOW &&
+           (row.top_p < 1.f || row.min_p > 0.f || (row.top_k > 0 && row.top_k < vocab));
 }
