@@ -76,6 +76,7 @@ struct Load {
     parallel: u32,
     number: u32,
     is_streamed: bool,
+    draws: Draws,
     bars: &'static [Bar],
 }
 
@@ -83,6 +84,24 @@ impl Load {
     /// Whether the part `soak` runs it: long prompts and many sequences.
     fn is_soaked(&self) -> bool {
         matches!(self.lengths, Lengths::Of("longalpaca")) && self.parallel > 1
+    }
+}
+
+/// How tokens are drawn.
+enum Draws {
+    /// As load generators do by default.
+    Greedy,
+    /// At the temperature and top-p that Llama 3.1 comes with.
+    TopP,
+}
+
+impl Draws {
+    /// The flags of `ember-bench perf`, with spaces between.
+    fn flags(&self) -> &'static str {
+        match self {
+            Self::Greedy => "--temperature 0",
+            Self::TopP => "--temperature 0.6 --top-p 0.9",
+        }
     }
 }
 
@@ -144,6 +163,7 @@ const LOADS: &[Load] = &[
         parallel: 1,
         number: 6,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[
             output_tok_s(190.0),
             at_most_ms("TTFT p50 ms", TTFT_P50, 11.0),
@@ -157,6 +177,7 @@ const LOADS: &[Load] = &[
         parallel: 16,
         number: 96,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(2600.0)],
     },
     Load {
@@ -166,6 +187,7 @@ const LOADS: &[Load] = &[
         parallel: 128,
         number: 640,
         is_streamed: false,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(15_000.0)],
     },
     Load {
@@ -175,11 +197,22 @@ const LOADS: &[Load] = &[
         parallel: 128,
         number: 640,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[
             output_tok_s(14_500.0),
             at_most_ms("TTFT p50 ms", TTFT_P50, 80.0),
             at_most_ms("TTFT p99 ms", TTFT_P99, 300.0),
         ],
+    },
+    Load {
+        name: "openqa p128 top-p",
+        model: &LLAMA_3_1_8B,
+        lengths: Lengths::Of("openqa"),
+        parallel: 128,
+        number: 640,
+        is_streamed: true,
+        draws: Draws::TopP,
+        bars: &[output_tok_s(14_500.0)],
     },
     Load {
         name: "longalpaca p1",
@@ -189,6 +222,7 @@ const LOADS: &[Load] = &[
         parallel: 1,
         number: 4,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(150.0), at_most_ms("TTFT p50 ms", TTFT_P50, 260.0)],
     },
     Load {
@@ -198,6 +232,7 @@ const LOADS: &[Load] = &[
         parallel: 16,
         number: 48,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(620.0)],
     },
     Load {
@@ -207,6 +242,7 @@ const LOADS: &[Load] = &[
         parallel: 128,
         number: 192,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(750.0)],
     },
     Load {
@@ -216,6 +252,7 @@ const LOADS: &[Load] = &[
         parallel: 1,
         number: 6,
         is_streamed: true,
+        draws: Draws::Greedy,
         bars: &[output_tok_s(900.0)],
     },
 ];
@@ -454,8 +491,8 @@ impl Check<'_> {
         let mut command = Command::new(self.args.bin_dir.join("ember-bench"));
         command.args(["perf", "--url", &format!("http://127.0.0.1:{port}"), "--model", load.model.name]);
         command.args(["--dataset", "random", "--random-vocab-size", &load.model.vocab_size.to_string()]);
-        // Greedy, as load generators do by default.
-        command.args(load.lengths.flags().split_whitespace()).args(["--ignore-eos", "--temperature", "0"]);
+        command.args(load.lengths.flags().split_whitespace()).arg("--ignore-eos");
+        command.args(load.draws.flags().split_whitespace());
         command.args(["--parallel", &load.parallel.to_string(), "--number", &load.number.to_string()]);
         command.arg(if load.is_streamed { "--stream" } else { "--no-stream" });
         // Kernels' and graphs' first uses are not the load's.

@@ -121,13 +121,22 @@ fn edited_row(row: &mut SampleRow, batch: &Batch, seq: usize, tokens: &[u32]) {
 /// Runs `batch` to its end.
 ///
 /// # Errors
-/// The executor's.
+/// The executor's; [`Error::Config`] if it has not the slots or the pages that the batch takes.
 pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Choice<'_>) -> Result<Scores, Error> {
     let n = batch.prompts.len();
     let mut tokens: Vec<Vec<u32>> = (0..n)
         .map(|seq| (0..batch.prompts[seq]).map(|position| prompt_token(seq, position, vocab)).collect())
         .collect();
     let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + batch.n_outputs).div_ceil(PAGE_SIZE);
+    let (max_num_seqs, n_pages) = (executor.capacity().max_num_seqs, executor.capacity().n_pages);
+    if n > max_num_seqs || n * pages_per_seq > n_pages {
+        let message = format!(
+            "the batch {:?} takes {n} slots and {} pages, and there are {max_num_seqs} and {n_pages}",
+            batch.name,
+            n * pages_per_seq
+        );
+        return Err(Error::config("kv_cache_memory_bytes", message));
+    }
     let mut scores = Scores { tokens: vec![Vec::new(); n], prompts: vec![Vec::new(); n], outputs: vec![Vec::new(); n] };
     let mut done = vec![0usize; n];
     while scores.tokens.iter().any(|output| output.len() < batch.n_outputs) {

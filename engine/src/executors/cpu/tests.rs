@@ -105,6 +105,22 @@ fn outputs_do_not_depend_on_whether_prompts_are_scored() {
 }
 
 #[test]
+fn a_batch_that_does_not_fit_is_an_error() {
+    let spec = llama();
+    let mut executor = CpuExecutor::new(&spec, &dummy(&spec, DType::BF16), &config()).expect("loads");
+    let mut error = |prompts| {
+        let batch = Batch::new("large", prompts, 512);
+        run(&mut executor, &batch, spec.vocab_size, Choice::Greedy).err().expect("an error").to_string()
+    };
+    assert!(
+        error(vec![1 << 20]).contains("the batch \"large\" takes 1 slots and 65537 pages"),
+        "{}",
+        error(vec![1 << 20])
+    );
+    assert!(error(vec![1; 5000]).contains("takes 5000 slots"), "{}", error(vec![1; 5000]));
+}
+
+#[test]
 fn float_models_agree_with_the_portable_executor() {
     let plain = llama();
     compare("llama bf16", &plain, &dummy(&plain, DType::BF16));

@@ -16,6 +16,7 @@
 #include "sampling.cuh"
 
 constexpr int MAX_TOP = 20;
+
 // ------------------------------------------------------------------------------------------------ sample_rows
 
 DEVICE void philox4x32(u32 (&c)[4], u64 seed) {
