@@ -128,12 +128,11 @@ pub fn run(executor: &mut dyn Executor, batch: &Batch, vocab: usize, choice: Cho
         .map(|seq| (0..batch.prompts[seq]).map(|position| prompt_token(seq, position, vocab)).collect())
         .collect();
     let pages_per_seq = (batch.prompts.iter().max().unwrap_or(&0) + batch.n_outputs).div_ceil(PAGE_SIZE);
-    let (max_num_seqs, n_pages) = (executor.capacity().max_num_seqs, executor.capacity().n_pages);
-    if n > max_num_seqs || n * pages_per_seq > n_pages {
+    let (n_pages, capacity) = (n * pages_per_seq, executor.capacity());
+    if n > capacity.max_num_seqs || n_pages > capacity.n_pages {
         let message = format!(
-            "the batch {:?} takes {n} slots and {} pages, and there are {max_num_seqs} and {n_pages}",
-            batch.name,
-            n * pages_per_seq
+            "the batch {:?} takes {n} slots and {n_pages} pages, and there are {} and {}",
+            batch.name, capacity.max_num_seqs, capacity.n_pages
         );
         return Err(Error::config("kv_cache_memory_bytes", message));
     }

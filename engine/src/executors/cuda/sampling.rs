@@ -27,7 +27,7 @@ use crate::{
 /// Best tokens that the kernels leave room for.
 pub(super) const MAX_TOP: usize = 20;
 /// Blocks of a cluster that works on a row's threshold.
-const CLUSTER: u32 = 4;
+const CLUSTER: usize = 4;
 /// Prompt rows whose logits are computed at once.
 const PROMPT_ROWS: usize = 256;
 
@@ -111,8 +111,9 @@ impl Sampling {
     pub(super) fn new(gpu: &Gpu, spec: &DecoderSpec, limits: StepLimits) -> Result<Self, Error> {
         let mut plan = compile::Plan::default();
         let sample = plan.add(&compile::SAMPLE, &[]);
-        let mut threshold = |cluster: u32| plan.add(&compile::THRESHOLD, &[("CLUSTER", cluster as usize)]);
-        let threshold = (threshold(1), (gpu.capability.0 >= 9).then(|| threshold(CLUSTER)));
+        let mut plan_threshold = |cluster| plan.add(&compile::THRESHOLD, &[("CLUSTER", cluster)]);
+        let threshold = plan_threshold(1);
+        let cluster_threshold = (gpu.capability.0 >= 9).then(|| plan_threshold(CLUSTER));
         let compiled = plan.compile(gpu)?;
         let [sample, token_logprobs] = compiled.load(sample, ["sample_rows", "token_logprobs"])?;
         let load_threshold = |planned| compiled.load(planned, ["threshold_rows"]).map(|[kernel]| kernel);
@@ -122,8 +123,8 @@ impl Sampling {
         let host_results = || PinnedBuffer::new(layout.n_bytes());
         Ok(Self {
             sample,
-            threshold: load_threshold(threshold.0)?,
-            cluster_threshold: threshold.1.map(load_threshold).transpose()?,
+            threshold: load_threshold(threshold)?,
+            cluster_threshold: cluster_threshold.map(load_threshold).transpose()?,
             token_logprobs,
             edits: LogitEdits::new(gpu, spec, limits)?,
             thresholds: zeroed(limits.max_seqs * 8)?,
@@ -233,7 +234,7 @@ impl Sampling {
                 Some(kernel) if n <= most_cluster_rows(self.n_sms) => (kernel, CLUSTER),
                 _ => (&self.threshold, 1),
             };
-            kernel.launch(stream, launch(n_blocks as usize, 1024), &args)?;
+            kernel.launch(stream, launch(n_blocks, 1024), &args)?;
         }
         let to = self.host_results[index].ptr();
         let wants_logprobs = step.samples.iter().any(|row| row.params.logprobs.is_some());
@@ -322,7 +323,7 @@ struct LogprobsRequest {
 /// Most rows whose clusters surely run at one time on `n_sms` multiprocessors, of which some stay over in each group of
 /// them. Clusters in turns take longer than one block for each row (docs/log.md).
 pub(super) fn most_cluster_rows(n_sms: usize) -> usize {
-    n_sms / (CLUSTER as usize + 1)
+    n_sms / (CLUSTER + 1)
 }
 
 /// Whether a row drops unlikely tokens.

@@ -54,6 +54,11 @@ pub enum Extent {
 }
 
 impl Extent {
+    /// Every part, one by one.
+    fn every_part(is_brief: bool) -> Self {
+        Self::Only { names: vec![String::new()], is_brief }
+    }
+
     /// Whether a case, or any case of a group, is run.
     fn has(&self, name: &str) -> bool {
         match self {
@@ -180,9 +185,9 @@ pub fn self_test(device: usize, extent: &Extent) -> Result<SelfTestReport, Error
 /// Names for [`Extent::Only`], each of a batch of a model or of a group of further cases, which make up all of
 /// [`self_test`]'s, or all that brief runs have.
 pub fn self_test_parts(is_brief: bool) -> Vec<String> {
-    let all = Extent::Only { names: vec![String::new()], is_brief };
+    let extent = Extent::every_part(is_brief);
     let of_model = |(i, (name, _)): (usize, (&str, DecoderSpec))| {
-        let batches = batches(&all, name, i == 0);
+        let batches = batches(&extent, name, i == 0);
         batches.into_iter().map(|batch| format!("{name}: {}", batch.name)).collect::<Vec<_>>()
     };
     let models = models().into_iter().enumerate().flat_map(of_model);
@@ -321,8 +326,8 @@ fn batches(extent: &Extent, model: &str, is_first: bool) -> Vec<Batch> {
         }
         _ => {}
     }
-    for batch in &mut batches {
-        if extent.is_brief() {
+    if extent.is_brief() {
+        for batch in &mut batches {
             (batch.n_outputs, batch.draws) = (N_BRIEF_OUTPUTS, DRAWING.contains(&batch.name));
         }
     }
@@ -446,8 +451,8 @@ mod tests {
 
     #[test]
     fn both_kernels_of_thresholds_are_run() {
-        let all = Extent::Only { names: vec![String::new()], is_brief: true };
-        let drawing: Vec<Batch> = batches(&all, WIDE, false).into_iter().filter(|batch| batch.draws).collect();
+        let batches = batches(&Extent::every_part(true), WIDE, false);
+        let drawing: Vec<&Batch> = batches.iter().filter(|batch| batch.draws).collect();
         let most = most_cluster_rows(132);
         assert!(drawing.iter().any(|batch| batch.prompts.len() <= most));
         assert!(drawing.iter().any(|batch| batch.prompts.len() > most));

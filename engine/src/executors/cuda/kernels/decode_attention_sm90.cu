@@ -303,7 +303,8 @@ decode_attention_sm90(const bf16* qkv, const bf16* qkv_bias, const float* cos_si
                 Page page;
                 load_k(page, block, at);
                 load_v(page, block, at);
-                // What this lane has read, before the copy engine writes there: two proxies (PTX ISA, async proxy).
+                // Orders this lane's reads before the copy engine's writes, which are another proxy's: the barrier of the
+                // warp alone does not (PTX ISA, async proxy).
                 fence_async_proxy();
                 __syncwarp();
                 loader.load(unit + STAGES);
